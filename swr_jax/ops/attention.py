@@ -1,0 +1,343 @@
+"""Softmax attention, causal and windowed, with memory linear in the sequence length.
+
+The attention itself comes from libraries: `jax.nn.dot_product_attention` (XLA, cuDNN) and
+`tokamax.dot_product_attention` (Pallas kernels). What is ours is the arrangement around them that
+keeps long sequences from ever holding a T x T array, forward or backward:
+
+- a window is cut into query blocks, and every block is attended, as one more batch entry, against
+  its own keys and those that precede it within the window;
+- full attention walks over chunks of queries, rematerialised in the backward pass.
+
+Symbols: B batch, T queries, S keys, N query heads, Nkv key/value heads, Dh features per head.
+"""
+
+import importlib.util
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+# Queries attended at once. Larger chunks hold more logits (chunk x keys per head), smaller ones
+# make matrices that no longer fill a core.
+_QUERY_CHUNK = 512
+# Windows shorter than this share one query block: tiny matrices cost more than masked entries.
+_SHORTEST_BLOCK = 64
+# Full attention splits the queries into this many bands, each seeing only the keys up to its end,
+# which saves 3/8 of the arithmetic of a plain masked product at the cost of four traced bodies.
+_CAUSAL_BANDS = 4
+
+
+def sliding_window_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    window: int | None,
+    segment_ids: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Causal softmax attention in which query i sees keys i - window + 1 .. i.
+
+    The queries are the last T of the S tokens that the keys and values describe; T = S is plain
+    self-attention, T < S continues a sequence. Logits are scaled by Dh ** -0.5.
+
+    Numerics: logits and softmax in float32, products accumulated in float32, weights cast to the
+    dtype of `v` before they multiply it. Memory for logits is O(T * window) for a window and
+    O(T) (times a fixed chunk of queries) for full attention, forward and backward.
+
+    Args:
+      q: queries [B, T, N, Dh]; float32, bfloat16 or float16.
+      k: keys [B, S, Nkv, Dh], S >= T, dtype of `q`. Nkv divides N: each key/value head serves
+        N / Nkv consecutive query heads (grouped-query attention, arXiv 2305.13245).
+      v: values [B, S, Nkv, Dh], dtype of `q`.
+      window: number of keys that a query sees, its own included, at least 1; None: all before it.
+      segment_ids: [B, S] integers; tokens of different segments never see each other.
+      implementation: None picks one for the platform: "tokamax" on GPU and TPU where it supports
+        the arguments, "xla" elsewhere. A name is used as it is or fails, never replaced:
+        "xla" (`jax.nn`), "cudnn" (`jax.nn` on an NVIDIA GPU), "tokamax" (its kernels on GPU and
+        TPU, its chunked XLA path on CPU).
+
+    Returns:
+      [B, T, N, Dh], dtype of `q`.
+
+    Raises:
+      ValueError: wrong rank, sizes that disagree, a dtype that is not floating or not shared,
+        window < 1, or an unknown implementation.
+      NotImplementedError, RuntimeError or an ExceptionGroup of them: a named implementation does
+        not run on this platform or with these arguments.
+    """
+    _validate(q, k, v, window, segment_ids, implementation)
+    if window is not None and window >= k.shape[1]:
+        window = None
+    if implementation is not None:
+        return _run(q, k, v, window, segment_ids, implementation)
+    if jax.default_backend() == "cpu" or importlib.util.find_spec("tokamax") is None:
+        return _run(q, k, v, window, segment_ids, "xla")
+    try:
+        return _run(q, k, v, window, segment_ids, "tokamax")
+    except (NotImplementedError, ExceptionGroup):
+        # Tokamax raises these where no kernel of its own takes the shapes, dtypes or mask.
+        return _run(q, k, v, window, segment_ids, "xla")
+
+
+def cached_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    query_index: jax.Array,
+    key_index: jax.Array,
+    query_segment_ids: jax.Array,
+    key_segment_ids: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """Attend new tokens against a cache whose slots hold tokens in any order.
+
+    Query t sees slot s if slot s is filled, is not younger than the query, is younger than
+    query_index - window, and belongs to the same segment. Softmax in float32; queries are taken in
+    chunks, so memory for logits is O(S) for a long prompt. XLA only: a decoding step is bound by
+    reading the cache, which a plain matrix-vector product already does once.
+
+    Args:
+      q: queries [B, T, N, Dh].
+      k: cached keys [B, S, Nkv, Dh], the queries' own included.
+      v: cached values [B, S, Nkv, Dh].
+      query_index: [B, T] int32, place of each query in its stream of tokens, from 0.
+      key_index: [B, S] int32, place of the token in each slot; negative for an empty slot.
+      query_segment_ids: [B, T] int32.
+      key_segment_ids: [B, S] int32.
+      window: number of keys that a query sees, its own included; None: all before it.
+
+    Returns:
+      [B, T, N, Dh], dtype of `q`.
+    """
+    return _query_chunks(
+        q, k, v, query_index, key_index, query_segment_ids, key_segment_ids, window, _attend_xla
+    )
+
+
+def _run(q, k, v, window, segment_ids, implementation: str) -> jax.Array:
+    """Call one implementation, through its own causal path where it has one for these arguments."""
+    plain = segment_ids is None and q.shape[1] == k.shape[1]
+    if implementation == "cudnn":
+        if plain:
+            size = None if window is None else (window - 1, 0)
+            return jax.nn.dot_product_attention(
+                q, k, v, is_causal=True, local_window_size=size, implementation="cudnn"
+            )
+        attend = _attend_cudnn
+    elif implementation == "tokamax":
+        # On TPU its kernel knows no window; the blocks below give it one.
+        if plain and (window is None or jax.default_backend() == "gpu"):
+            return _tokamax(q, k, v, is_causal=True, window=window)
+        attend = _attend_tokamax
+    else:
+        attend = _attend_xla
+    if window is None or q.shape[1] <= window:
+        return _causal(q, k, v, window, segment_ids, attend)
+    return _blocks(q, k, v, window, segment_ids, attend)
+
+
+def _attend_xla(q, k, v, mask) -> jax.Array:
+    dtype = q.dtype
+    if dtype == jnp.float16 and jax.default_backend() != "gpu":
+        # jax.nn asks for a float16 product accumulated in float32, which only GPUs have.
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla").astype(dtype)
+
+
+def _attend_cudnn(q, k, v, mask) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+
+
+def _attend_tokamax(q, k, v, mask) -> jax.Array:
+    return _tokamax(q, k, v, mask=mask)
+
+
+def _tokamax(q, k, v, *, mask=None, is_causal: bool = False, window: int | None = None):
+    import tokamax  # heavy, and of no use to who runs recurrences only
+
+    # Its quadratic "xla" is left out on purpose: ours does the same in linear memory.
+    kernels = {"gpu": ("mosaic", "triton"), "tpu": ("mosaic",), "cpu": ("xla_chunked",)}
+    return tokamax.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=is_causal,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=kernels[jax.default_backend()],
+    )
+
+
+def _visible(query_index, key_index, query_segments, key_segments, window) -> jax.Array:
+    """Which key each query sees, [B or 1, 1, T, S] bool, from places in the stream."""
+    query_index, key_index = query_index[:, None, :, None], key_index[:, None, None, :]
+    mask = (key_index >= 0) & (key_index <= query_index)
+    if window is not None:
+        mask &= key_index > query_index - window
+    if query_segments is not None:
+        mask &= query_segments[:, None, :, None] == key_segments[:, None, None, :]
+    return mask
+
+
+def _causal(q, k, v, window, segment_ids, attend: Attend) -> jax.Array:
+    """Attend the last T of S tokens against all of them that the window can reach."""
+    queries, keys = q.shape[1], k.shape[1]
+    if window is not None:
+        reach = min(keys, queries + window - 1)
+        k, v = k[:, keys - reach :], v[:, keys - reach :]
+        segment_ids = None if segment_ids is None else segment_ids[:, keys - reach :]
+        keys = reach
+    before = keys - queries
+    bands = _CAUSAL_BANDS if queries >= _CAUSAL_BANDS * _QUERY_CHUNK else 1
+    ends = [queries * (band + 1) // bands for band in range(bands)]
+    outputs = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        seen = before + end
+        outputs.append(
+            _query_chunks(
+                q[:, start:end],
+                k[:, :seen],
+                v[:, :seen],
+                jnp.arange(before + start, seen)[None],
+                jnp.arange(seen)[None],
+                None if segment_ids is None else segment_ids[:, before + start : seen],
+                None if segment_ids is None else segment_ids[:, :seen],
+                window,
+                attend,
+            )
+        )
+    return outputs[0] if bands == 1 else jnp.concatenate(outputs, axis=1)
+
+
+def _query_chunks(
+    q, k, v, query_index, key_index, query_segments, key_segments, window, attend: Attend
+) -> jax.Array:
+    """Attend chunk after chunk of queries, so that only one chunk's logits exist at a time."""
+
+    def attend_chunk(chunk):
+        q, query_index, query_segments = chunk
+        mask = _visible(query_index, key_index, query_segments, key_segments, window)
+        return attend(q, k, v, mask)
+
+    length = q.shape[1]
+    chunks = -(-length // _QUERY_CHUNK)
+    if chunks == 1:
+        return attend_chunk((q, query_index, query_segments))
+    size = -(-length // chunks)
+
+    def split(x):
+        x = _pad_time(x, 0, chunks * size - length)
+        return jnp.moveaxis(x.reshape(x.shape[0], chunks, size, *x.shape[2:]), 1, 0)
+
+    # Without the checkpoint the loop would save every chunk's weights: T x S after all.
+    out = jax.lax.map(
+        jax.checkpoint(attend_chunk), jax.tree.map(split, (q, query_index, query_segments))
+    )
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
+
+
+def _blocks(q, k, v, window: int, segment_ids, attend: Attend) -> jax.Array:
+    """Fold blocks of queries into the batch, each with the keys that its window reaches."""
+    batch, queries = q.shape[:2]
+    before = k.shape[1] - queries
+    size = min(max(window, _SHORTEST_BLOCK), _QUERY_CHUNK)
+    previous = -(-window // size)  # blocks of keys before a query's own
+    per_step = max(1, _QUERY_CHUNK // size)  # blocks attended at once
+    steps = -(-queries // (size * per_step))
+    per_step = -(-queries // (size * steps))  # the same number of steps with the least padding
+    count = steps * per_step
+    lead, tail = previous * size - before, count * size - queries
+
+    def query_blocks(x):
+        x = _pad_time(x, 0, tail)
+        x = x.reshape(batch, steps, per_step, size, *x.shape[2:])
+        return jnp.moveaxis(x, 0, 2)
+
+    def key_blocks(x):
+        # Tokens older than the first query's reach are dropped, missing ones filled in.
+        x = _pad_time(x, lead, tail) if lead >= 0 else _pad_time(x[:, -lead:], 0, tail)
+        x = x.reshape(batch, count + previous, size, *x.shape[2:])
+        x = jnp.concatenate([x[:, i : i + count] for i in range(previous + 1)], axis=2)
+        return jnp.moveaxis(x.reshape(batch, steps, per_step, *x.shape[2:]), 0, 2)
+
+    @jax.vmap
+    def attend_block(first, q, k, v, query_segments, key_segments):
+        query_index = (first + jnp.arange(size))[None]
+        key_index = (first + jnp.arange(-previous * size, size))[None]
+        mask = _visible(query_index, key_index, query_segments, key_segments, window)
+        return attend(q, k, v, mask)
+
+    def attend_step(step):
+        return attend_block(*step)
+
+    query_segments = key_segments = None
+    if segment_ids is not None:
+        query_segments, key_segments = (
+            query_blocks(segment_ids[:, before:]),
+            key_blocks(segment_ids),
+        )
+    first = before + size * jnp.arange(count).reshape(steps, per_step)
+    xs = (first, query_blocks(q), key_blocks(k), key_blocks(v), query_segments, key_segments)
+    if steps == 1:
+        out = attend_block(*jax.tree.map(lambda x: x[0], xs))[None]
+    else:
+        # Without the checkpoint the loop would save the weights of every step.
+        out = jax.lax.map(jax.checkpoint(attend_step), xs)
+    out = jnp.moveaxis(out, 2, 0)  # [B, steps, per_step, size, N, Dh]
+    return out.reshape(batch, count * size, *q.shape[2:])[:, :queries]
+
+
+def _pad_time(x: jax.Array, before: int, after: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2))
+
+
+def _validate(q, k, v, window, segment_ids, implementation) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(
+                f"{name} has shape {x.shape}; it must be [batch, time, heads, features]"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} has dtype {x.dtype}; it must be floating: cast it first")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype} and q has {q.dtype}; they must agree")
+        if 0 in x.shape:
+            raise ValueError(f"{name} has shape {x.shape}; every size must be at least 1")
+    if k.shape != v.shape:
+        raise ValueError(f"v has shape {v.shape} and k has {k.shape}; they must agree")
+    if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        raise ValueError(
+            f"k has shape {k.shape} and q has {q.shape}; batch and features per head must agree"
+        )
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"k has {k.shape[2]} heads and q has {q.shape[2]}; "
+            "the key/value heads must divide the query heads"
+        )
+    if q.shape[1] > k.shape[1]:
+        raise ValueError(
+            f"q has {q.shape[1]} tokens and k has {k.shape[1]}; "
+            "the queries must be the last of the tokens that the keys describe"
+        )
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(
+            f"window={window!r}; it must be an int of at least 1, or None for no window"
+        )
+    if segment_ids is not None:
+        if segment_ids.shape != k.shape[:2]:
+            raise ValueError(
+                f"segment_ids has shape {segment_ids.shape}; it must be {k.shape[:2]}, "
+                "one number per key"
+            )
+        if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+            raise ValueError(
+                f"segment_ids has dtype {segment_ids.dtype}; it must be an integer dtype"
+            )
+    if implementation not in (None, "xla", "cudnn", "tokamax"):
+        raise ValueError(
+            f"implementation={implementation!r}; it must be None, 'xla', 'cudnn' or 'tokamax'"
+        )
