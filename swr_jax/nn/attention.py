@@ -1,0 +1,250 @@
+"""Softmax attention as a layer: a sliding window or the whole past, rotary positions, a cache."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jax.typing import DTypeLike
+
+from swr_jax.nn.common import linear
+from swr_jax.ops.attention import cached_attention, sliding_window_attention
+
+# Segment of cache slots that hold no token yet: no caller's segment, so nothing attends to them.
+_EMPTY = jnp.iinfo(jnp.int32).min
+
+
+class AttentionState(struct.PyTreeNode):
+    """What attention remembers between calls.
+
+    Token number n of a stream lies in slot n % C, where C is the window, or max_length for full
+    attention (which never wraps).
+    """
+
+    keys: jax.Array  # [B, C, Nkv, Dh], positions already rotated in
+    values: jax.Array  # [B, C, Nkv, Dh]
+    segment_ids: jax.Array  # [B, C] int32
+    position: jax.Array  # [B] int32, tokens seen so far
+    last_segment: jax.Array  # [B] int32, segment of the last token seen
+
+
+class SlidingWindowAttention(nnx.Module):
+    """Causal softmax attention over the last `window` tokens, with rotary position embedding.
+
+    Rotary angles (arXiv 2104.09864) and softmax are computed in float32. Parameters: 4 M^2 when
+    num_heads * head_dim = M and num_kv_heads = num_heads, plus biases.
+
+    Args:
+      features: size M of the last axis of input and output.
+      num_heads: number of query heads.
+      window: number of tokens that a token sees, its own included; None: all before it.
+      num_kv_heads: number of key/value heads, a divisor of num_heads; None: num_heads.
+      head_dim: features per head, an even number; None: features / num_heads.
+      rope_base: wavelength base of the rotary embedding.
+      use_bias: whether the four projections have biases.
+      dtype: dtype of the computation; None: that of input and parameters together.
+      param_dtype: dtype of the parameters.
+      rngs: source of the `params` keys.
+
+    Raises:
+      ValueError: sizes that do not divide as described, or a window below 1.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        num_heads: int,
+        window: int | None,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope_base: float = 10_000.0,
+        use_bias: bool = False,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads={num_heads}, num_kv_heads={num_kv_heads}; "
+                "both must be at least 1 and the second must divide the first"
+            )
+        if head_dim is None:
+            if features % num_heads:
+                raise ValueError(
+                    f"features={features} is not a multiple of num_heads={num_heads}; "
+                    "choose another number of heads or give head_dim"
+                )
+            head_dim = features // num_heads
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(
+                f"head_dim={head_dim}; rotary embedding turns pairs of features, so it must be even"
+            )
+        if window is not None and window < 1:
+            raise ValueError(f"window={window}; it must be at least 1, or None for no window")
+        self.features = features
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.window = window
+        self.rope_base = rope_base
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        inner, inner_kv = num_heads * head_dim, num_kv_heads * head_dim
+        self.query = linear(features, inner, ("embed", "heads"), **options)
+        self.key = linear(features, inner_kv, ("embed", "kv_heads"), **options)
+        self.value = linear(features, inner_kv, ("embed", "kv_heads"), **options)
+        self.output = linear(inner, features, ("heads", "embed"), **options)
+
+    def init_state(self, batch: int, *, max_length: int) -> AttentionState:
+        """Make the state before any token.
+
+        Args:
+          batch: number of streams B.
+          max_length: for window=None, the number of tokens a stream may reach; a window needs no
+            more than its own length and ignores it.
+        """
+        slots = max_length if self.window is None else self.window
+        if slots < 1:
+            raise ValueError(f"max_length={max_length}; a cache needs room for at least 1 token")
+        dtype = self.param_dtype if self.dtype is None else self.dtype
+        shape = (batch, slots, self.num_kv_heads, self.head_dim)
+        return AttentionState(
+            keys=jnp.zeros(shape, dtype),
+            values=jnp.zeros(shape, dtype),
+            segment_ids=jnp.full((batch, slots), _EMPTY, jnp.int32),
+            position=jnp.zeros(batch, jnp.int32),
+            last_segment=jnp.zeros(batch, jnp.int32),
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        state: AttentionState | None = None,
+    ) -> jax.Array | tuple[jax.Array, AttentionState]:
+        """Attend x, from the start of a stream or, with a state, from where it stands.
+
+        Feeding a stream in pieces of any lengths gives what one call over all of it gives.
+
+        Args:
+          x: [B, T, M].
+          positions: [B, T] int32, position within the document, for the rotary embedding only;
+            None: counted from the first token of the stream.
+          segment_ids: [B, T] int32; tokens of different segments never see each other. None: one
+            segment, and with a state the segment of the last token before.
+          state: what `init_state` or an earlier call returned.
+
+        Returns:
+          [B, T, M]; with a state, a pair of it and the new state.
+
+        Raises:
+          ValueError: the cache of full attention is too short for the tokens. Under jit the number
+            of tokens before is not known; there the result is NaN once the cache has overflowed.
+        """
+        batch, length, _ = x.shape
+        start = jnp.zeros(batch, jnp.int32) if state is None else state.position
+        stream_index = start[:, None] + jnp.arange(length, dtype=jnp.int32)
+        positions = stream_index if positions is None else positions
+        q = self.query(x).reshape(batch, length, self.num_heads, self.head_dim)
+        k = self.key(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
+        v = self.value(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
+        q, k = (rotary_embedding(h, positions, base=self.rope_base) for h in (q, k))
+        if state is None:
+            out = sliding_window_attention(q, k, v, window=self.window, segment_ids=segment_ids)
+        else:
+            if segment_ids is None:
+                segment_ids = jnp.broadcast_to(state.last_segment[:, None], (batch, length))
+            out, state = self._attend_cached(q, k, v, stream_index, segment_ids, state)
+        y = self.output(out.reshape(batch, length, self.num_heads * self.head_dim))
+        return y if state is None else (y, state)
+
+    def _attend_cached(self, q, k, v, stream_index, segment_ids, state: AttentionState):
+        length, slots = q.shape[1], state.keys.shape[1]
+        segment_ids = segment_ids.astype(jnp.int32)
+        k, v = k.astype(state.keys.dtype), v.astype(state.values.dtype)
+        q = q.astype(k.dtype)
+        new = _write(state, k, v, segment_ids, stream_index)
+        if self.window is None or length == 1:
+            if self.window is None:
+                _check_room(state.position, length, slots)
+            # Slot s holds the youngest token n with n % slots = s.
+            newest = stream_index[:, -1:]
+            key_index = newest - (newest - jnp.arange(slots, dtype=jnp.int32)) % slots
+            out = cached_attention(
+                q,
+                new.keys,
+                new.values,
+                query_index=stream_index,
+                key_index=key_index,
+                query_segment_ids=segment_ids,
+                key_segment_ids=new.segment_ids,
+                window=self.window,
+            )
+            if self.window is None:
+                overflowed = new.position > slots
+                out = jnp.where(overflowed[:, None, None, None], jnp.nan, out)
+            return out, new
+        # Later tokens of the chunk would overwrite what earlier ones still see, so the chunk
+        # attends to the old cache, put in order, followed by itself.
+        order = (state.position[:, None] + jnp.arange(slots, dtype=jnp.int32)) % slots
+        cached = (state.keys, state.values, state.segment_ids)
+        keys, values, segments = (
+            jnp.concatenate([_take(old, order), added], axis=1)
+            for old, added in zip(cached, (k, v, segment_ids), strict=True)
+        )
+        out = sliding_window_attention(q, keys, values, window=self.window, segment_ids=segments)
+        return out, new
+
+
+def rotary_embedding(x: jax.Array, positions: jax.Array, *, base: float = 10_000.0) -> jax.Array:
+    """Turn pairs of features by angles proportional to the position (arXiv 2104.09864).
+
+    Feature i is paired with feature i + Dh / 2 and turned by position * base ** (-2 i / Dh).
+    Computed in float32.
+
+    Args:
+      x: queries or keys [B, T, N, Dh], Dh even.
+      positions: [B, T] int32.
+      base: wavelength base.
+
+    Returns:
+      [B, T, N, Dh], dtype of `x`.
+    """
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return out.astype(x.dtype)
+
+
+def _write(state: AttentionState, k, v, segment_ids, stream_index) -> AttentionState:
+    """Put the youngest tokens into their slots."""
+    slots = state.keys.shape[1]
+    kept = min(slots, k.shape[1])
+    rows = jnp.arange(k.shape[0])[:, None]
+    columns = stream_index[:, -kept:] % slots
+    return AttentionState(
+        keys=state.keys.at[rows, columns].set(k[:, -kept:]),
+        values=state.values.at[rows, columns].set(v[:, -kept:]),
+        segment_ids=state.segment_ids.at[rows, columns].set(segment_ids[:, -kept:]),
+        position=state.position + k.shape[1],
+        last_segment=segment_ids[:, -1],
+    )
+
+
+def _take(x: jax.Array, order: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def _check_room(position: jax.Array, length: int, slots: int) -> None:
+    before = 0 if isinstance(position, jax.core.Tracer) else int(position.max())
+    if before + length > slots:
+        raise ValueError(
+            f"{length} tokens after {before} do not fit into a cache of max_length={slots}; "
+            "make the state with a larger max_length, or give the layer a window"
+        )
