@@ -1,0 +1,22 @@
+"""Flax NNX layers and models."""
+
+from swr_jax.nn.attention import SlidingWindowAttention
+from swr_jax.nn.feedforward import SwiGLU, rms_norm
+from swr_jax.nn.language_model import (
+    LanguageModel,
+    LanguageModelConfig,
+    PhalanxConfig,
+    num_parameters,
+)
+from swr_jax.nn.phalanx import Phalanx
+
+__all__ = [
+    "LanguageModel",
+    "LanguageModelConfig",
+    "Phalanx",
+    "PhalanxConfig",
+    "SlidingWindowAttention",
+    "SwiGLU",
+    "num_parameters",
+    "rms_norm",
+]

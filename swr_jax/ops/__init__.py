@@ -1,0 +1,19 @@
+"""Pure operators: arrays in, arrays out, exact gradients."""
+
+from swr_jax.ops.attention import sliding_window_attention
+from swr_jax.ops.recurrence import (
+    gated_sliding_window_recurrence,
+    linear_recurrence,
+    recurrence_step,
+    sliding_window_recurrence,
+)
+from swr_jax.ops.state import RecurrenceState
+
+__all__ = [
+    "RecurrenceState",
+    "gated_sliding_window_recurrence",
+    "linear_recurrence",
+    "recurrence_step",
+    "sliding_window_attention",
+    "sliding_window_recurrence",
+]
