@@ -49,7 +49,8 @@ def check_inputs(
     if segment_ids is not None:
         if jnp.ndim(segment_ids) != 2 or segment_ids.shape != (batch, time):
             raise ValueError(
-                f"segment_ids.shape={jnp.shape(segment_ids)}: must be [B, T], here ({batch}, {time})"
+                f"segment_ids.shape={jnp.shape(segment_ids)}: must be [B, T], here "
+                f"({batch}, {time})"
             )
         if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
             raise ValueError(f"segment_ids.dtype={segment_ids.dtype}: must be an integer dtype")
