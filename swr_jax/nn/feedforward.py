@@ -16,7 +16,7 @@ def rms_norm(
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> nnx.RMSNorm:
-    """Make an `nnx.RMSNorm` (arXiv 1910.07467) with a named scale, initially 1.
+    """Make an `nnx.RMSNorm` (arXiv 1910.07467) with a scale, initially 1, that is never split.
 
     Statistics are float32 whatever the dtype of the input; the result has `dtype`.
 
@@ -32,7 +32,7 @@ def rms_norm(
         epsilon=epsilon,
         dtype=dtype,
         param_dtype=param_dtype,
-        scale_metadata=sharding_metadata("norm"),
+        scale_metadata=sharding_metadata(None),
         rngs=rngs,
     )
 

@@ -5,7 +5,7 @@
 one period of the pattern are stacked over the periods and scanned, so compile time does not grow
 with depth.
 
-Sharding names. Every matrix parameter carries logical axis names, to be mapped to mesh axes by
+Sharding names. Every parameter carries one logical name per axis, to be mapped to mesh axes by
 whoever places the model:
 
     abstract = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
@@ -14,8 +14,8 @@ whoever places the model:
 
 Without rules the specs hold the logical names themselves; `variable.out_sharding` is the same
 tuple. Names: "vocab" (embedding rows), "embed" (model width), "heads" and "kv_heads" (all features
-of all heads), "mlp" (hidden width), "norm" (scales), "layers" (leading axis of everything stacked
-over periods); mixers from elsewhere may add theirs. Rules must cover every name that appears.
+of all heads), "mlp" (hidden width), "layers" (leading axis of everything stacked over periods), and
+None for an axis never worth splitting (norm scales). Rules must cover every name that appears.
 """
 
 import math
