@@ -6,9 +6,11 @@ Train on the result with `--config.data.source=tokens/` and the same tokenizer; 
 refused. Order and documents stay what they were, so batches are the same as from the source itself.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import grain
+import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
@@ -52,9 +54,14 @@ def _prepare(output: Path) -> dict:
         num_threads=_THREADS.value, prefetch_buffer_size=4 * _THREADS.value
     )
     documents = grain.MapDataset.source(source).map(tokenizer.encode).to_iter_dataset(read_options)
+
+    def with_progress() -> Iterator[np.ndarray]:
+        # A generator, so that no bar appears before the output folder has been accepted.
+        yield from tqdm(documents, total=len(source), unit="doc", desc="tokenising")
+
     return write_token_records(
         output,
-        tqdm(documents, total=len(source), unit="doc", desc="tokenising"),
+        with_progress(),
         num_documents=len(source),
         num_shards=_NUM_SHARDS.value,
         tokenizer=_TOKENIZER.value,

@@ -59,7 +59,8 @@ class PackIterDataset(grain.IterDataset):
     padded, not dropped. Every process sees the same documents and keeps its own rows, so all have
     equally many batches and their batches stacked are the batch of a single process.
 
-    Its state is three integers and the parent's state; restoring packs one window anew.
+    Its state is a few integers and the parent's state; restoring packs one window anew, and refuses
+    a state of another shape, order or number of documents.
     The next window is packed in a thread while the current one is used.
     """
 
@@ -103,27 +104,37 @@ class _PackIterator(grain.DatasetIterator):
 
     def __next__(self) -> dict[str, np.ndarray]:
         self._assert_not_closed()
-        while True:
-            if self._window is None:
-                ahead = self._next or self._executor.submit(self._pack_window)
-                self._next = None
-                self._window = ahead.result()
-                self._window_cursor = self._window.cursor
-                if len(self._window.tokens):
-                    self._next = self._executor.submit(self._pack_window)
-            if not len(self._window.tokens):
+        while self._window is None or self._batch == len(self._window.tokens):
+            if self._window is not None and not self._batch:
                 raise StopIteration
-            if self._batch < len(self._window.tokens):
-                self._batch += 1
-                return self._assemble(self._window, self._batch - 1)
-            self._window, self._batch = None, 0
+            ahead = self._next or self._executor.submit(self._pack_window)
+            self._next = None
+            window = ahead.result()
+            # Nothing changes before the next window is there: if packing it failed, the state is
+            # still that of the last batch. A restored position keeps its batch.
+            self._batch = 0 if self._window is not None else self._batch
+            self._window, self._window_cursor = window, window.cursor
+            if len(window.tokens):
+                self._next = self._executor.submit(self._pack_window)
+        self._batch += 1
+        return self._assemble(self._window, self._batch - 1)
 
     def get_state(self) -> dict[str, Any]:
         """Where the current window begins and how many of its batches were given; plain JSON."""
-        return {**self._window_cursor, "batch": self._batch}
+        return {**self._window_cursor, "batch": self._batch, "layout": self._layout()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues after the batch that was last given when `state` was taken."""
+        """Continues after the batch that was last given when `state` was taken.
+
+        Raises:
+          ValueError: the state belongs to batches of another shape, order or corpus.
+        """
+        if state["layout"] != self._layout():
+            raise ValueError(
+                f"state was taken with {state['layout']}, this dataset has {self._layout()}: they "
+                "must be equal to go on exactly; restore the same data configuration, or start "
+                "the data anew"
+            )
         if self._next is not None and not self._next.cancel():
             # The thread that packs ahead owns the parent until it is done; its window is dropped,
             # and so would be its error.
@@ -132,6 +143,11 @@ class _PackIterator(grain.DatasetIterator):
         self._parent.set_state(state["documents"])
         self._document = None
         self._start_at(self._cursor, state["batch"])
+
+    def _layout(self) -> dict[str, Any]:
+        """What decides which batch comes where; the number of processes does not."""
+        names = ("batch_size", "sequence_length", "window", "seed", "num_documents")
+        return {name: getattr(self._options, name) for name in names}
 
     def start_prefetch(self) -> None:
         """Begins to pack the first window in the background."""

@@ -356,6 +356,51 @@ def test_the_end_is_restored_too(config):
         assert list(resumed) == []
 
 
+def test_a_failure_leaves_the_state_of_the_last_batch(tmp_path):
+    path = tmp_path / "d.jsonl"
+    good = [json.dumps({"text": text}) + "\n" for text in random_documents(40, 30)]
+    path.write_text("".join([*good, "{bad}\n"]))
+    config = DataConfig(
+        source=str(path),
+        sequence_length=8,
+        batch_size=2,
+        shuffle_tokens=64,
+        validation_fraction=0,
+        seed=1,
+    )
+    iterator = iter(make_dataset(config))
+    states = [iterator.get_state()]
+    # A generator, because the states before the failure are what matters.
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        states.extend(iterator.get_state() for _ in iterator)
+    assert len(states) > 5
+    assert iterator.get_state() == states[-1]
+    # Once the line is mended, the run goes on as if nothing had been wrong.
+    path.write_text("".join([*good, json.dumps({"text": "good"}) + "\n"]))
+    mended = iter(make_dataset(config))
+    mended.set_state(states[-1])
+    expected = take(iter(make_dataset(config)), len(states) + 9)
+    assert_same(take(mended, 10), expected[-10:])
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 2}, {"sequence_length": 8}, {"seed": 1}])
+def test_a_state_of_other_batches_is_refused(config, change):
+    state = through_json(iter(make_dataset(config)).get_state())
+    other = iter(make_dataset(dataclasses.replace(config, **change)))
+    with pytest.raises(ValueError, match=r"state was taken with .*: they must be equal"):
+        other.set_state(state)
+
+
+def test_the_number_of_processes_may_change_on_the_way(config):
+    whole = iter(make_dataset(config))
+    take(whole, 6)
+    half = iter(make_dataset(config, process_index=1, process_count=2))
+    half.set_state(through_json(whole.get_state()))
+    for batch, part in zip(take(whole, 8), take(half, 8), strict=True):
+        for key in KEYS:
+            np.testing.assert_array_equal(part[key], batch[key][2:])
+
+
 def test_state_goes_through_a_checkpoint_on_disk(config, tmp_path):
     iterator = iter(make_dataset(config))
     take(iterator, 7)

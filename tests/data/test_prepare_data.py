@@ -143,5 +143,6 @@ def test_errors_are_one_line_that_names_the_cause(text, tmp_path, records):
         done = prepare(*arguments)
         assert done.returncode == 1
         assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        assert done.stderr.startswith("prepare_data: ")
+        assert done.stderr.count("\n") == 1
     assert list(itertools.chain(*(p.iterdir() for p in tmp_path.iterdir()))) == []
