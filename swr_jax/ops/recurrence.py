@@ -248,9 +248,7 @@ def _recurrence(
         time,
         block_decays.reshape(batch, blocks, heads),
         carriers.reshape(batch, blocks, heads, features),
-        local,
-        previous,
-        position,
+        initial_state,
         block_size=block_size,
         lookback=lookback,
     )

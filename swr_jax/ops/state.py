@@ -102,9 +102,7 @@ def state_after(
     time: int,
     block_decays: Array,
     carriers: Array,
-    local: Array | None,
-    previous: Array | None,
-    position: Array | None,
+    initial_state: RecurrenceState | Array | None,
     *,
     block_size: int,
     lookback: int | None,
@@ -114,43 +112,55 @@ def state_after(
     Args:
         time: tokens of the call.
         block_decays: product of each block's decays, [B, n, H].
-        carriers: last local state of each block, [B, n, H, D]; tokens after the last one count as
-            a = 1, u = 0.
-        local, previous, position: as `initial_carriers` returned them.
+        carriers: last local state of each block, started from zero, [B, n, H, D]; tokens after the
+            last one count as a = 1, u = 0.
+        initial_state: the argument of the call.
         block_size, lookback: the call's window.
     """
-    batch, _, heads, features = carriers.shape
+    before = _full_state(initial_state, carriers, block_size, lookback)
+    if initial_state is not None:
+        carriers = carriers.at[:, :1].add(block_decays[:, :1, :, None] * before.local[:, None])
     if lookback is None:
-        end = carriers[:, 0]
-        if previous is not None:
-            end = end + block_decays[:, 0, :, None] * previous[:, 0]
-        empty = RecurrenceState.zeros(
-            batch, heads, features, block_size=block_size, lookback=None, dtype=end.dtype
-        )
-        return empty.replace(local=end)
+        return before.replace(local=carriers[:, 0])
 
-    if local is not None:
-        carriers = carriers.at[:, :1].add(block_decays[:, :1, :, None] * local)
-    before = lookback if previous is None else previous.shape[1]
-    if previous is None:
-        previous = jnp.zeros((batch, before, heads, features), carriers.dtype)
-    missing = lookback - before  # an array as initial state is a single carrier
     # Entry lookback + t is block t; one empty block more, for a sequence that ends at an edge.
-    carriers = jnp.pad(
-        jnp.concatenate([previous, carriers], axis=1), ((0, 0), (missing, 1), (0, 0), (0, 0))
-    )
+    carriers = jnp.concatenate([before.carriers[:, ::-1], carriers], axis=1)
+    carriers = jnp.pad(carriers, ((0, 0), (0, 1), (0, 0), (0, 0)))
+    # What each entry has decayed by before the first token, and by each block from then on.
+    blocks = ((0, 0), (0, carriers.shape[1] - lookback), (0, 0))
+    decayed = jnp.pad(before.decays[:, ::-1], blocks, constant_values=1)
     block_decays = jnp.pad(block_decays, ((0, 0), (lookback, 1), (0, 0)), constant_values=1)
 
-    end = jnp.full((batch,), time) if position is None else position + time
-    current = lookback + end // block_size
-    index = current[:, None] - jnp.arange(lookback + 1)
+    end = before.position + time
+    index = lookback + (end // block_size)[:, None] - jnp.arange(lookback + 1)
     carriers = jnp.take_along_axis(carriers, index[..., None, None], axis=1)
-    block_decays = jnp.take_along_axis(block_decays, index[..., None], axis=1)
-    return RecurrenceState(
+    since = jnp.cumprod(jnp.take_along_axis(block_decays, index[..., None], axis=1), axis=1)
+    return before.replace(
         local=carriers[:, 0],
         carriers=carriers[:, 1:],
-        decays=jnp.cumprod(block_decays, axis=1)[:, :lookback],
-        position=(end % block_size).astype(jnp.int32),
-        block_size=block_size,
-        lookback=lookback,
+        decays=since[:, :-1] * jnp.take_along_axis(decayed, index[:, 1:, None], axis=1),
+        position=end % block_size,
     )
+
+
+def _full_state(
+    state: RecurrenceState | Array | None, like: Array, block_size: int, lookback: int | None
+) -> RecurrenceState:
+    """Spell an `initial_state` argument out, for carriers [B, n, H, D] like those of the call."""
+    batch, _, heads, features = like.shape
+    zeros = RecurrenceState.zeros(
+        batch, heads, features, block_size=block_size, lookback=lookback, dtype=like.dtype
+    )
+    if state is None:
+        return zeros
+    if isinstance(state, RecurrenceState):
+        return zeros.replace(
+            local=state.local.astype(like.dtype),
+            carriers=state.carriers.astype(like.dtype),
+            decays=state.decays.astype(like.dtype),
+            position=state.position,
+        )
+    state = state.astype(like.dtype)
+    if lookback is None:
+        return zeros.replace(local=state)
+    return zeros.replace(carriers=zeros.carriers.at[:, 0].set(state))
