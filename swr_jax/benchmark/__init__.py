@@ -1,0 +1,1 @@
+"""Measurements: contestants checked against float64 oracles, then timed side by side."""

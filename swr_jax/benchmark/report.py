@@ -1,0 +1,143 @@
+"""What a measurement was made on, and how it is shown as text."""
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+_ROOT = Path(__file__).parents[2]
+
+
+def environment(arguments: Sequence[str]) -> dict:
+    """Describe device, software, commit, date and command; nothing of it names a path.
+
+    Args:
+        arguments: of the script, sys.argv without the script itself.
+    """
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device": _cpu_model() if device.platform == "cpu" else device.device_kind,
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "libc": " ".join(platform.libc_ver()).strip(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": command(arguments),
+    }
+
+
+def command(arguments: Sequence[str]) -> str:
+    """Return the line that repeats this run; an absolute path is replaced by its last part."""
+    shown = []
+    for argument in arguments:
+        option, equals, value = argument.rpartition("=")
+        shown.append(option + equals + (Path(value).name if os.path.isabs(value) else value))
+    return shlex.join(["python", f"experiments/{Path(sys.argv[0]).name}", *shown])
+
+
+def commit() -> str:
+    """Return the short commit of the source, "dirty" if tracked files differ, or "unknown"."""
+
+    def git(*arguments: str) -> str:
+        call = ["git", "-C", str(_ROOT), *arguments]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + (" dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def table(measurements: Sequence[dict], references: Sequence[str]) -> str:
+    """Return one aligned line per contestant and measurement.
+
+    Args:
+        measurements: of one section.
+        references: labels of the contestants that others are compared with.
+    """
+    lines = [
+        (
+            "contestant",
+            *(["width"] if "features" in measurements[0] else []),
+            "tokens",
+            "mode",
+            "allocator",
+            "ms",
+            "[quartiles]",
+            *(f"x {label}" for label in references),
+            "temp MiB",
+            f"/ {references[0]}",
+        )
+    ]
+    for m in measurements:
+        for name, contestant in m["contestants"].items():
+            ms = contestant["milliseconds"]
+            ratio = contestant["temporary_ratio"][references[0]]
+            lines.append(
+                (
+                    name,
+                    *([str(m["features"])] if "features" in m else []),
+                    str(m["tokens"]),
+                    m["mode"],
+                    m["allocator"],
+                    f"{ms['median']:.3f}",
+                    f"[{ms['lower']:.3f}, {ms['upper']:.3f}]",
+                    *(_spread(contestant["speedup"][label]) for label in references),
+                    f"{contestant['temporary_bytes'] / 2**20:.2f}",
+                    "-" if ratio is None else f"{ratio:.3f}",
+                )
+            )
+    return _align(lines)
+
+
+def targets_table(targets: Sequence[dict]) -> str:
+    """Return one aligned line per target, met or missed."""
+    lines = [("target", "required", "measured", "[quartiles]", "")]
+    for target in targets:
+        quartiles = target.get("quartiles")
+        lines.append(
+            (
+                target["what"],
+                target["required"],
+                f"{target['measured']:.3f}",
+                "[{:.2f}, {:.2f}]".format(*quartiles) if quartiles else "",
+                "met" if target["met"] else "MISSED",
+            )
+        )
+    return _align(lines)
+
+
+def _spread(value: dict) -> str:
+    return f"{value['median']:.2f} [{value['lower']:.2f}, {value['upper']:.2f}]"
+
+
+def _align(lines: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+
+    def cell(column: int, text: str) -> str:
+        # Numbers to the right, so that they compare at a glance.
+        left = lines[1][column][:1].isalpha() if len(lines) > 1 else True
+        return text.ljust(widths[column]) if left else text.rjust(widths[column])
+
+    return "\n".join(
+        "  ".join(cell(column, text) for column, text in enumerate(line)).rstrip() for line in lines
+    )

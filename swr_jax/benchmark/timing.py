@@ -1,0 +1,191 @@
+"""Fair timing: compiled contestants take turns in one process, and every figure has its spread.
+
+Protocol
+    A contestant is compiled ahead of time and warmed up. In each round every contestant has one
+    turn, in an order drawn anew; a turn repeats the call until `_TURN_SECONDS` have passed and
+    counts the mean. Ratios are taken within a round, so that what slows the machine for a while
+    slows both sides of a ratio. Reported are medians and quartiles over rounds.
+
+Memory
+    A call allocates its results and temporaries. Left to itself, glibc takes large blocks from the
+    kernel and returns them at once, so that every call pays a page fault per 4 KiB: for a plain
+    copy that is most of its time. A training step does not: XLA reuses memory within a step. Hence
+    two settings, each for all contestants alike: "default", and "kept", where the allocator never
+    returns what it has. Page faults per call are measured and reported, so that the setting is
+    seen to work.
+"""
+
+import ctypes
+import dataclasses
+import math
+import platform
+import resource
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+_TURN_SECONDS = 2e-3
+_MAX_CALLS = 256
+
+# mallopt's parameters, from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How long one comparison may take: rounds until `seconds` are over, within two bounds."""
+
+    seconds: float
+    min_rounds: int
+    max_rounds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of a sample."""
+
+    median: float
+    lower: float
+    upper: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What was measured of one contestant, one entry per round."""
+
+    seconds: np.ndarray  # per call
+    page_faults: np.ndarray  # per call
+
+
+def spread(sample: np.ndarray) -> Spread:
+    """Return median and quartiles (linear interpolation) of a sample."""
+    lower, median, upper = np.quantile(np.asarray(sample, np.float64), [0.25, 0.5, 0.75])
+    return Spread(median=float(median), lower=float(lower), upper=float(upper))
+
+
+def speedup(baseline: Samples, subject: Samples) -> Spread:
+    """Return how many times faster than `baseline` the subject is, from ratios within rounds."""
+    return spread(baseline.seconds / subject.seconds)
+
+
+def compile_ahead(function: Callable, *args) -> jax.stages.Compiled:
+    """Compile `function` for these arguments."""
+    return jax.jit(function).lower(*args).compile()
+
+
+def with_gradient(function: Callable) -> Callable:
+    """Return (args, cotangent) -> (function(*args), gradients of every argument)."""
+
+    def call(args: tuple, cotangent: jax.Array) -> tuple[jax.Array, tuple]:
+        out, pull = jax.vjp(function, *args)
+        return out, pull(cotangent)
+
+    return call
+
+
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """Return the most memory that a compiled call holds besides its arguments and results."""
+    return int(compiled.memory_analysis().temp_size_in_bytes)
+
+
+def prepare_allocator() -> bool:
+    """Make all threads share one heap, without which "kept" has no effect on XLA's threads.
+
+    Call it before the first JAX computation. Returns whether the C library is glibc, the only one
+    that can be set up so.
+    """
+    return _mallopt({_M_ARENA_MAX: 1})
+
+
+def keep_freed_memory() -> bool:
+    """Switch this process to the allocator setting "kept"; False where that is not possible."""
+    return _mallopt({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
+
+
+def _mallopt(settings: dict[int, int]) -> bool:
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return all([libc.mallopt(parameter, value) == 1 for parameter, value in settings.items()])
+
+
+def measure(
+    calls: Mapping[str, Callable[[], object]], budget: Budget, *, seed: int = 0
+) -> dict[str, Samples]:
+    """Time contestants in alternation.
+
+    Args:
+        calls: contestant by name; calling it starts the work and returns arrays, which are waited
+            for and dropped.
+        budget: number of rounds.
+        seed: of the order within rounds.
+
+    Returns:
+        Samples by name; round i of one belongs with round i of the others.
+    """
+    repeats = {name: _repeats(call) for name, call in calls.items()}
+    seconds, faults = ({name: [] for name in calls} for _ in range(2))
+    names, order = list(calls), np.random.default_rng(seed)
+    start = time.perf_counter()
+    for done in range(budget.max_rounds):
+        if done >= budget.min_rounds and time.perf_counter() - start > budget.seconds:
+            break
+        for name in order.permutation(names):
+            elapsed, faulted = _turn(calls[name], repeats[name])
+            seconds[name].append(elapsed)
+            faults[name].append(faulted)
+    return {name: Samples(np.array(seconds[name]), np.array(faults[name])) for name in names}
+
+
+def _repeats(call: Callable[[], object]) -> int:
+    _turn(call, 2)  # warm-up
+    seconds, _ = _turn(call, 1)
+    return min(_MAX_CALLS, math.ceil(_TURN_SECONDS / seconds))
+
+
+def _turn(call: Callable[[], object], repeats: int) -> tuple[float, float]:
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    start = time.perf_counter()
+    for _ in range(repeats):
+        jax.block_until_ready(call())
+    seconds = time.perf_counter() - start
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    return seconds / repeats, faults / repeats
+
+
+def summarise(
+    samples: Mapping[str, Samples], temporaries: Mapping[str, int], references: Mapping[str, str]
+) -> dict:
+    """Turn samples into the JSON form that tables and plots are made from.
+
+    Args:
+        samples: as `measure` returns them.
+        temporaries: temporary bytes by contestant.
+        references: what to compare with: label -> contestant.
+
+    Returns:
+        "rounds"; "contestants": per name the time in ms, temporary bytes, page faults per call, and
+        under "speedup" and "temporary_ratio" the comparison with each reference label: how many
+        times faster, and how many times the temporary memory (None where the reference has none).
+    """
+    contestants = {}
+    for name, sample in samples.items():
+        contestants[name] = {
+            "milliseconds": dataclasses.asdict(spread(sample.seconds * 1e3)),
+            "page_faults": float(np.median(sample.page_faults)),
+            "temporary_bytes": temporaries[name],
+            "speedup": {
+                label: dataclasses.asdict(speedup(samples[reference], sample))
+                for label, reference in references.items()
+            },
+            "temporary_ratio": {
+                label: temporaries[name] / temporaries[reference]
+                if temporaries[reference]
+                else None
+                for label, reference in references.items()
+            },
+        }
+    rounds = len(next(iter(samples.values())).seconds)
+    return {"rounds": rounds, "contestants": contestants}
