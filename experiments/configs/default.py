@@ -1,0 +1,93 @@
+"""What all configurations share; each file beside this one changes what makes its model."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import FieldReference
+
+
+def optional(value: Any) -> FieldReference:
+    """A value that may also be None, in overrides too: --config.model.phalanx.lookback=None."""
+    return FieldReference(value, field_type=object)
+
+
+def get_config() -> ConfigDict:
+    """A small byte-level model on the text that comes with Python: trains on a laptop's CPU."""
+    config = ConfigDict()
+
+    # --- run ---------------------------------------------------------------------------------
+    config.steps = 400  # optimizer updates
+    config.seed = 0  # of the initial parameters and of sampling; the data has its own
+    config.accumulation = 1  # micro-batches per update: more of them need less memory
+    config.z_loss = 0.0  # weight of (log Z)^2 in the loss; 1e-4 keeps bfloat16 logits small
+    config.log_every = 10  # steps between metrics lines
+    config.eval_every = 100  # steps between evaluations on the validation split
+    config.eval_batches = 32  # batches of the validation split, always the same ones
+    config.checkpoint_every = 100  # steps between checkpoints; there is always one at the end
+    config.keep_checkpoints = 2  # older ones are deleted
+    config.sample_prompt = "def "  # text that the sample at the end continues
+    config.sample_tokens = 300  # its length; 0 for no sample
+    config.sample_temperature = 0.8  # below 1 likelier text, 0 the likeliest token always
+
+    # --- model -------------------------------------------------------------------------------
+    config.model = model = ConfigDict()
+    model.vocab_size = optional(None)  # None: as many ids as the tokenizer has
+    model.features = 128  # width of the residual stream
+    model.depth = 4  # blocks, each one mixer and one feed-forward network
+    model.pattern = ("phalanx", "attention")  # mixers, repeated over the depth
+    model.num_heads = 4  # attention heads
+    model.num_kv_heads = optional(None)  # None: num_heads; fewer share keys and values
+    model.window = 64  # tokens that "swa" sees, its own included
+    model.mlp_ratio = 8 / 3  # feed-forward width over features, rounded up to a multiple of 64
+    model.mlp_features = optional(None)  # feed-forward width itself; None: by the ratio
+    model.tie_embeddings = True  # one matrix for embedding and output
+    model.logits_soft_cap = optional(None)  # cap * tanh(logits / cap); None: logits as they are
+    model.rope_base = 10_000.0  # longest wavelength of the rotary embedding, roughly
+    model.norm_epsilon = 1e-6  # added to the mean square in RMSNorm
+    model.remat = "none"  # recomputed in the backward pass: "none", "dots" or "full"
+    model.dtype = "float32"  # of activations; "bfloat16" on GPUs and TPUs
+    model.param_dtype = "float32"  # of parameters and optimizer state
+
+    model.phalanx = phalanx = ConfigDict()
+    phalanx.head_dim = 16  # features that share one decay
+    phalanx.num_gate_heads = optional(None)  # None: a gate per head; fewer are shared
+    phalanx.block_size = 16  # tokens per block of the sliding-window recurrence
+    phalanx.lookback = optional(1)  # blocks before its own that a token sees; None: all
+    phalanx.global_heads = 0  # heads that carry state over the whole sequence
+    phalanx.decay_max = 1.0  # upper bound of the learned decay
+    phalanx.fixed_decay = optional(None)  # the same decay always; None: a learned one
+    phalanx.pre_gate = True  # gate before the recurrence
+    phalanx.post_gate = True  # gate after it
+    phalanx.gate_activation = optional(None)  # of the post-gate: not set, "silu" or "sigmoid"
+
+    # --- data --------------------------------------------------------------------------------
+    config.data = data = ConfigDict()
+    data.source = "python"  # Python's own library, or a file, folder or pattern
+    data.kind = "auto"  # by suffix; or "text", "jsonl", "parquet", "arrayrecord"
+    data.text_field = "text"  # field of JSON lines, column of Parquet
+    data.tokenizer = "bytes"  # or a tokenizer.json, or a SentencePiece .model
+    data.sequence_length = 256  # tokens per row
+    data.batch_size = 16  # rows per update, over all processes
+    data.seed = 0  # of the order of documents
+    data.validation_fraction = 0.05  # share of the documents held out
+    data.shuffle_tokens = 1 << 22  # rows are shuffled among about so many tokens
+    data.read_threads = 4  # threads that read and tokenise
+
+    # --- optimizer: AdamW --------------------------------------------------------------------
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 3e-3  # at its peak, after the warm-up
+    optimizer.warmup_steps = 40  # steps up to the peak; a cosine leads down from there
+    optimizer.final_fraction = 0.1  # learning rate at the end, over the peak
+    optimizer.beta1 = 0.9  # memory of the gradient
+    optimizer.beta2 = 0.95  # memory of its square
+    optimizer.epsilon = 1e-8  # added to the root of that
+    optimizer.weight_decay = 0.1  # of matrices; norms, gates and biases have none
+    optimizer.clip_norm = optional(1.0)  # longest gradient let through; None: any
+
+    # --- mesh: the product of the four is the number of devices --------------------------------
+    config.mesh = mesh = ConfigDict()
+    mesh.data = -1  # copies of the model; -1: as many as devices are left
+    mesh.fsdp = 1  # devices that share the parameters of one copy, each with its own rows
+    mesh.tensor = 1  # devices that share heads, feed-forward width and vocabulary
+    mesh.sequence = 1  # devices that share every sequence
+    return config

@@ -1,0 +1,181 @@
+"""What decides a training run: frozen dataclasses, made from and turned into dictionaries."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from swr_jax.data import DataConfig, load_tokenizer
+from swr_jax.nn.language_model import LanguageModelConfig
+
+
+def _require(condition: bool, name: str, value: Any, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up, a cosine decay and clipping by the global gradient norm.
+
+    learning_rate is the peak, reached after `warmup_steps`; the cosine ends at the last step of
+    the run at `learning_rate · final_fraction`. `clip_norm=None` does not clip.
+    """
+
+    learning_rate: float = 3e-4
+    warmup_steps: int = 100
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "> 0")
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, ">= 0")
+        _require(
+            0 <= self.final_fraction <= 1,
+            "optimizer.final_fraction",
+            self.final_fraction,
+            "between 0 and 1",
+        )
+        _require(
+            self.clip_norm is None or self.clip_norm > 0,
+            "optimizer.clip_norm",
+            self.clip_norm,
+            "> 0, or None for no clipping",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Size of each mesh axis; at most one may be -1, which takes the devices that are left.
+
+    data: copies of the model, each with its part of the batch. fsdp: the batch split further, and
+    parameters and optimizer state split with it. tensor: heads, feed-forward features and
+    vocabulary split. sequence: every sequence split in time.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a training run.
+
+    steps counts optimizer updates; each sees `data.batch_size` sequences (all processes together),
+    taken in `accumulation` micro-batches one after the other to save memory. z_loss weighs
+    mean(log Z)² in the loss (0: none). The `*_every` intervals count steps.
+    """
+
+    model: LanguageModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    steps: int = 1000
+    accumulation: int = 1
+    z_loss: float = 0.0
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 100
+    eval_batches: int = 16
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    sample_prompt: str = ""
+    sample_tokens: int = 200
+    sample_temperature: float = 0.8
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "accumulation",
+            "log_every",
+            "eval_every",
+            "eval_batches",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+        _require(self.z_loss >= 0, "z_loss", self.z_loss, ">= 0")
+        _require(self.sample_tokens >= 0, "sample_tokens", self.sample_tokens, ">= 0")
+
+
+# What a field of each type accepts; a bool, though an int to Python, is no number.
+_SCALARS: dict[type, tuple[type, ...]] = {
+    bool: (bool,),
+    int: (int,),
+    float: (int, float),
+    str: (str,),
+}
+
+
+def _without_none(hint: Any) -> Any:
+    """`X | None` -> X; other hints unchanged."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        rest = [h for h in typing.get_args(hint) if h is not type(None)]
+        return rest[0] if len(rest) == 1 else hint
+    return hint
+
+
+def from_dict[T](cls: type[T], values: Mapping[str, Any], *, path: str = "config") -> T:
+    """Builds the (nested) dataclass `cls` from a mapping such as an ml_collections ConfigDict.
+
+    Lists become tuples where the field is a tuple. Raises ValueError that names the key for a key
+    that `cls` does not have, a required one that is missing, and a value of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise ValueError(
+            f"{path} has no option {unknown[0]!r}; the options are {', '.join(sorted(fields))}"
+        )
+    required = {
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - set(values)):
+        raise ValueError(f"{path}.{missing[0]} is not set and has no default: set it")
+    arguments = {}
+    for name, value in values.items():
+        hint = _without_none(hints[name])
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            value = from_dict(hint, value, path=f"{path}.{name}")
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif hint in _SCALARS and value is not None:
+            accepted = _SCALARS[hint]
+            if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+                raise ValueError(
+                    f"{path}.{name} must be {hint.__name__}, got {value!r} ({type(value).__name__})"
+                )
+        arguments[name] = value
+    return cls(**arguments)
+
+
+def to_dict(config: Any) -> Any:
+    """The dataclass as JSON-able values: nested dictionaries, lists, and dtypes by their name."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, (tuple, list)):
+        return [to_dict(value) for value in config]
+    if config is None or isinstance(config, (str, int, float, bool)):
+        return config
+    return jnp.dtype(config).name
+
+
+def make_train_config(values: Mapping[str, Any]) -> TrainConfig:
+    """`from_dict(TrainConfig, values)`, with `model.vocab_size` None taken from the tokenizer."""
+    values = dict(values)
+    model, data = values.get("model"), values.get("data", {})
+    if model is not None and model.get("vocab_size") is None:
+        tokenizer = data.get("tokenizer", DataConfig.tokenizer)
+        values["model"] = {**model, "vocab_size": load_tokenizer(tokenizer).vocab_size}
+    return from_dict(TrainConfig, values)

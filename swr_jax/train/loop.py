@@ -1,0 +1,269 @@
+"""Training from the first update to the last; reads from top to bottom."""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+from flax import nnx
+from tqdm import tqdm
+
+from swr_jax.data import make_dataset, open_corpus
+from swr_jax.generate import generate_text
+from swr_jax.train.checkpoint import Checkpointer
+from swr_jax.train.config import TrainConfig
+from swr_jax.train.evaluation import evaluate, unigram_bits_per_byte, validation_batches
+from swr_jax.train.metrics import (
+    LOG_NAME,
+    TENSORBOARD_FOLDER,
+    Meter,
+    Reporter,
+    flops_per_token,
+    plot_losses,
+    read_metrics,
+)
+from swr_jax.train.sharding import batch_sharding, check_batch, make_mesh, put_batch
+from swr_jax.train.state import init_state, make_blueprint
+from swr_jax.train.step import Metrics, make_eval_step, make_train_step
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss, the gradient or a parameter became NaN or infinite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a run came to.
+
+    step: updates done. stopped_by: the signal that ended it early, if any. train_loss: mean nats
+    per target of the last interval. validation: loss, perplexity, bits_per_byte, and the unigram
+    model's bits per byte; None if stopped early.
+    tokens_per_second: while updates ran, compilation left out; None if there was nothing to time.
+    sample: `config.sample_prompt` and what the model made of it; empty if there was none to make.
+    """
+
+    step: int
+    stopped_by: signal.Signals | None
+    train_loss: float
+    validation: dict[str, float] | None
+    tokens_per_second: float | None
+    sample: str
+    checkpoints: Path
+    log: Path
+    tensorboard: Path
+    plot: Path
+
+
+def train(config: TrainConfig, workdir: Path) -> Summary:
+    """Trains a language model, going on from the newest checkpoint in `workdir` if there is one.
+
+    `workdir` gets `checkpoints/`, `metrics.jsonl`, `tensorboard/` and `loss.png`. SIGINT and
+    SIGTERM end the run with a checkpoint after the update at hand, a second one ends it at once.
+
+    Raises:
+        NonFiniteError: the loss, the gradient or a parameter is not finite. The message says at
+            which step; the newest checkpoint is from before it.
+        ValueError: the configuration does not fit the devices, the data or the checkpoint.
+    """
+    is_main = jax.process_index() == 0
+    say = tqdm.write if is_main else _say_nothing
+
+    mesh = make_mesh(config.mesh)
+    length, batch_size = config.data.sequence_length, config.data.batch_size
+    check_batch(
+        mesh, batch_size=batch_size, sequence_length=length, accumulation=config.accumulation
+    )
+    sharding = batch_sharding(mesh)
+
+    corpus = open_corpus(config.data)
+    if config.model.vocab_size < corpus.tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size} must be at least the "
+            f"{corpus.tokenizer.vocab_size} ids of data.tokenizer={config.data.tokenizer!r}"
+        )
+    dataset = make_dataset(
+        config.data,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        corpus=corpus,
+    )
+    batches = iter(dataset)
+    held_out = validation_batches(config.data, corpus, count=config.eval_batches)
+    unigram = unigram_bits_per_byte(corpus, held_out)
+
+    blueprint = make_blueprint(config, mesh)
+    train_step = make_train_step(
+        blueprint, mesh, accumulation=config.accumulation, z_loss=config.z_loss
+    )
+    eval_step = make_eval_step(blueprint, mesh)
+
+    device = jax.devices()[0]
+    tokens_per_step = batch_size * length
+    say(
+        f"model: {blueprint.num_params:,} parameters, pattern {'+'.join(config.model.pattern)}, "
+        f"depth {config.model.depth}, features {config.model.features}\n"
+        f"data: {config.data.source}, {len(corpus.train):,} documents to train on, "
+        f"{len(corpus.validation):,} held out; {tokens_per_step:,} tokens per step\n"
+        f"devices: {jax.device_count()} x {device.device_kind}, mesh "
+        + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    )
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpointer(workdir, keep=config.keep_checkpoints))
+        start = checkpoints.latest_step() or 0
+        if start:
+            state = checkpoints.restore(start, blueprint.abstract, batches, config)
+            say(f"resumed from the checkpoint of step {start}")
+        else:
+            state = init_state(config, blueprint)
+        reporter = stack.enter_context(Reporter(workdir, resume_step=start, enabled=is_main))
+        signals = stack.enter_context(_StopSignals())
+        bar = stack.enter_context(
+            tqdm(total=config.steps, initial=start, unit="step", disable=None if is_main else True)
+        )
+
+        meter = Meter(
+            tokens_per_step=batch_size * length,
+            flops_per_token=flops_per_token(
+                config.model, num_params=blueprint.num_params, length=length
+            ),
+            devices=jax.devices(),
+        )
+        pending: collections.deque = collections.deque()  # updates whose numbers are not read yet
+        validation, stopped_by = None, None
+        began = time.perf_counter()
+        for step in range(start + 1, config.steps + 1):
+            state, metrics = train_step(state, put_batch(next(batches), sharding))
+            pending.append((step, metrics))
+            stopped_by = signals.agreed(step, checkpoints)
+            done = step == config.steps
+            log_due = done or stopped_by or step % config.log_every == 0
+            eval_due = done or (not stopped_by and step % config.eval_every == 0)
+            save_due = done or stopped_by or step % config.checkpoint_every == 0
+            first = step == start + 1
+            pause = log_due or eval_due or save_due or first
+            # The device works on the newest update while the one before it is looked at.
+            while len(pending) > (0 if pause else 1):
+                meter.add(_finite(*pending.popleft(), checkpoints))
+            bar.update()
+            if not pause:
+                continue
+
+            meter.stop_clock()
+            if first:
+                say(f"first step, with its compilation: {time.perf_counter() - began:.1f} s")
+            if log_due:
+                values = meter.interval()
+                bar.set_postfix_str(f"loss {values['loss']:.3f}")
+                reporter.report(step, "train", values)
+            if eval_due:
+                validation = evaluate(eval_step, state.params, held_out, sharding)
+                validation["unigram_bits_per_byte"] = unigram
+                reporter.report(step, "validation", validation)
+            if save_due:
+                checkpoints.save(step, state, batches, config)
+            if stopped_by:
+                break
+            meter.start_clock()
+        bar.close()
+        checkpoints.wait()
+
+        if validation is None and not stopped_by:  # there was no step left to do
+            validation = evaluate(eval_step, state.params, held_out, sharding)
+            validation["unigram_bits_per_byte"] = unigram
+
+        train_lines = [x for x in read_metrics(workdir) if x["split"] == "train"]
+        sample = ""
+        if config.sample_tokens and not stopped_by and jax.process_count() == 1:
+            model = nnx.merge(blueprint.graphdef, state.params)
+            sample = config.sample_prompt + "".join(
+                generate_text(
+                    model,
+                    corpus.tokenizer,
+                    config.sample_prompt,
+                    max_tokens=config.sample_tokens,
+                    temperature=config.sample_temperature,
+                    key=jax.random.fold_in(state.rng, state.step),
+                )
+            )
+        return Summary(
+            step=int(state.step),
+            stopped_by=stopped_by,
+            train_loss=train_lines[-1]["loss"],
+            validation=validation,
+            tokens_per_second=meter.tokens_per_second(),
+            sample=sample,
+            checkpoints=checkpoints.directory,
+            log=workdir / LOG_NAME,
+            tensorboard=workdir / TENSORBOARD_FOLDER,
+            plot=plot_losses(workdir, unigram_bits_per_byte=unigram),
+        )
+
+
+def _say_nothing(_: str) -> None:
+    pass
+
+
+def _finite(step: int, metrics: Metrics, checkpoints: Checkpointer) -> dict[str, float]:
+    """The metrics of `step` as numbers; raises NonFiniteError where training has broken down."""
+    values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+    # Also the parameters' norm, or a checkpoint could be saved that has no way on.
+    bad = [n for n in ("loss", "grad_norm", "param_norm") if not math.isfinite(values[n])]
+    if not bad:
+        return values
+    checkpoints.wait()
+    newest = checkpoints.latest_step()
+    found = ", ".join(f"{name} is {values[name]}" for name in bad)
+    kept = (
+        f"The newest checkpoint, of step {newest}, is from before it: {checkpoints.directory}"
+        if newest
+        else "There was no checkpoint yet"
+    )
+    raise NonFiniteError(
+        f"training broke down at step {step}: {found}. {kept}. Try a lower learning rate, a "
+        "longer warm-up or a smaller clip_norm"
+    )
+
+
+class _StopSignals:
+    """Notes SIGINT and SIGTERM, so that the loop can end between two updates.
+
+    Within the `with` block the first signal is noted; after it the handlers are back as they were,
+    so that a second one takes its usual, immediate effect.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self._received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "_StopSignals":
+        # Python lets only the main thread handle signals; elsewhere they are its caller's affair.
+        if threading.current_thread() is threading.main_thread():
+            for number in self._SIGNALS:
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self._received = signal.Signals(number)
+        self.__exit__()
+
+    def agreed(self, step: int, checkpoints: Checkpointer) -> signal.Signals | None:
+        """The signal received; with several processes, once all know of it at the same `step`."""
+        if jax.process_count() == 1:
+            return self._received
+        return signal.SIGTERM if checkpoints.reached_preemption(step) else None

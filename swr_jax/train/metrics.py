@@ -1,0 +1,259 @@
+"""What a run reports: one line per interval on the terminal, JSON lines, TensorBoard, a plot."""
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from swr_jax.nn.language_model import LanguageModelConfig
+
+LOG_NAME = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+# Dense bfloat16 FLOP/s of one device by the start of `jax.Device.device_kind`; makers' data sheets.
+PEAK_FLOPS: dict[str, float] = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 2307e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Dense bfloat16 FLOP/s of `device`; None where the table has none, as for a CPU."""
+    matches = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+def flops_per_token(config: LanguageModelConfig, *, num_params: int, length: int) -> float:
+    """Forward and backward FLOPs of one token, without what rematerialisation repeats.
+
+    6 per parameter, less an embedding that is only looked up, and 12 · features per attention
+    layer and token seen (PaLM, arXiv 2204.02311, appendix B); a token sees (length + 1) / 2 tokens
+    on average, or those of its window. The recurrences themselves (under 1 %) are not counted.
+
+    Args:
+        config: the model.
+        num_params: its number of parameters.
+        length: tokens per sequence.
+    """
+    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.features
+    window = min(config.window, length)
+    seen = {
+        "attention": (length + 1) / 2,
+        # The first window - 1 tokens of a sequence see fewer.
+        "swa": window - window * (window - 1) / (2 * length),
+    }
+    mixers = [config.pattern[i % len(config.pattern)] for i in range(config.depth)]
+    attention = sum(12.0 * config.features * seen.get(mixer, 0.0) for mixer in mixers)
+    return 6.0 * (num_params - looked_up) + attention
+
+
+def memory_mib(device: jax.Device) -> float:
+    """Most memory used so far, MiB: the device's where it tells, else the process's on the host."""
+    if stats := device.memory_stats():
+        return stats["peak_bytes_in_use"] / 2**20
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def likelihood(nats: float, weight: float, target_bytes: int) -> dict[str, float]:
+    """Mean loss in nats per target, perplexity, and bits per byte of the text.
+
+    bits per byte = nats / ln 2 / target_bytes; unlike the loss it compares models that see the
+    text through different tokenizers.
+
+    Args:
+        nats: Σ weight · cross-entropy over the targets.
+        weight: Σ weight.
+        target_bytes: bytes of text that the targets stand for.
+    """
+    loss = nats / max(weight, 1.0)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": nats / math.log(2) / max(target_bytes, 1),
+    }
+
+
+class Meter:
+    """Gathers the numbers of updates between two reports, and the time that updates took.
+
+    Args:
+        tokens_per_step: tokens of one update.
+        flops_per_token: of the model, for MFU (model FLOPs utilisation).
+        devices: those the run uses.
+    """
+
+    def __init__(
+        self, *, tokens_per_step: int, flops_per_token: float, devices: Sequence[jax.Device]
+    ) -> None:
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_token = flops_per_token
+        self._devices = devices
+        self._updates: list[Mapping[str, float]] = []
+        self._started: float | None = None
+        self._steps = self._total_steps = 0
+        self._seconds = self._total_seconds = 0.0
+
+    def start_clock(self) -> None:
+        """From here on time counts."""
+        self._started = time.perf_counter()
+
+    def stop_clock(self) -> None:
+        """Time no longer counts, nor do updates added before the clock first ran."""
+        if self._started is not None:
+            self._seconds += time.perf_counter() - self._started
+            self._started = None
+
+    def add(self, update: Mapping[str, float]) -> None:
+        """Takes the metrics of one update, as numbers."""
+        self._updates.append(update)
+        self._steps += self._started is not None
+
+    def interval(self) -> dict[str, float]:
+        """What is reported of the updates since the last call; begins a new interval.
+
+        loss, perplexity and bits_per_byte are over all targets of the interval, grad_norm is the
+        mean, learning_rate that of the last update. tokens_per_second is left out if no update was
+        timed, mfu also where the device's peak is not known.
+        """
+        updates, steps, seconds = self._updates, self._steps, self._seconds
+        self._total_steps += steps
+        self._total_seconds += seconds
+        self._updates, self._steps, self._seconds = [], 0, 0.0
+
+        def total(name: str) -> float:
+            return sum(float(update[name]) for update in updates)
+
+        values = likelihood(total("nats"), total("weight"), int(total("target_bytes")))
+        values["grad_norm"] = total("grad_norm") / len(updates)
+        values["learning_rate"] = float(updates[-1]["learning_rate"])
+        if steps:
+            speed = steps * self._tokens_per_step / seconds
+            values["tokens_per_second"] = speed
+            if peak := peak_flops(self._devices[0]):
+                values["mfu"] = speed * self._flops_per_token / (peak * len(self._devices))
+        values["memory_mib"] = memory_mib(self._devices[0])
+        return values
+
+    def tokens_per_second(self) -> float | None:
+        """Over all intervals reported; None if no update was timed."""
+        if not self._total_steps:
+            return None
+        return self._total_steps * self._tokens_per_step / self._total_seconds
+
+
+_FORMATS = {
+    "loss": ".4f",
+    "perplexity": ".3f",
+    "bits_per_byte": ".4f",
+    "unigram_bits_per_byte": ".4f",
+    "grad_norm": ".3f",
+    "learning_rate": ".2e",
+    "tokens_per_second": ",.0f",
+    "mfu": ".1%",
+    "memory_mib": ",.0f",
+}
+
+
+def format_line(step: int, split: str, values: Mapping[str, float]) -> str:
+    """`step: 120  split: train  loss: 1.2345  …`, one `key: value` after the other."""
+    shown = [f"{name}: {value:{_FORMATS[name]}}" for name, value in values.items()]
+    return "  ".join([f"step: {step}", f"split: {split}", *shown])
+
+
+class Reporter:
+    """Tells the terminal, `metrics.jsonl` and TensorBoard how a run goes.
+
+    Args:
+        directory: gets `metrics.jsonl` and `tensorboard/`.
+        resume_step: step that the run starts from; later lines of an earlier run are dropped, so
+            that no step is there twice.
+        enabled: False does nothing: of several processes one reports.
+    """
+
+    def __init__(self, directory: Path, *, resume_step: int, enabled: bool) -> None:
+        self._enabled = enabled
+        if not enabled:
+            return
+        import tensorboardX
+
+        kept = [line for line in read_metrics(directory) if line["step"] <= resume_step]
+        shortened = directory / (LOG_NAME + ".tmp")
+        shortened.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        shortened.replace(directory / LOG_NAME)
+        self._file = (directory / LOG_NAME).open("a")
+        self._tensorboard = tensorboardX.SummaryWriter(
+            str(directory / TENSORBOARD_FOLDER), purge_step=resume_step + 1
+        )
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._enabled:
+            self._file.close()
+            self._tensorboard.close()
+
+    def report(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Reports `values` of the split "train" or "validation" after update `step`."""
+        if not self._enabled:
+            return
+        tqdm.write(format_line(step, split, values))
+        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+
+
+def read_metrics(directory: Path) -> list[dict]:
+    """The lines of `metrics.jsonl`, oldest first; none where there is no file yet.
+
+    A last line cut short by a crash is left out.
+    """
+    path = directory / LOG_NAME
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def plot_losses(directory: Path, *, unigram_bits_per_byte: float) -> Path:
+    """Draws bits per byte against step, from `metrics.jsonl`, into `loss.png`."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    import matplotlib.pyplot as plt
+
+    lines = read_metrics(directory)
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for split, style in (
+        ("train", {"color": "tab:blue", "linewidth": 1.2}),
+        ("validation", {"color": "tab:orange", "marker": "o", "markersize": 4}),
+    ):
+        points = [(line["step"], line["bits_per_byte"]) for line in lines if line["split"] == split]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=split, **style)
+    axes.axhline(
+        unigram_bits_per_byte, color="gray", linestyle="--", linewidth=1, label="unigram model"
+    )
+    axes.set(xlabel="step", ylabel="bits per byte")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = directory / "loss.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path

@@ -1,0 +1,102 @@
+"""The state that training carries from update to update, made already in its place on the mesh."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from swr_jax.nn.language_model import LanguageModel
+from swr_jax.train.config import TrainConfig
+from swr_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from swr_jax.train.sharding import logical_axes, opt_state_shardings, param_shardings
+
+Params = Any  # nested dict of arrays, as nnx.to_pure_dict gives it
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that an update reads and writes, and so everything that a checkpoint keeps.
+
+    step: int32, updates done. params: nested dict of arrays. opt_state: optax's.
+    rng: the run's PRNG key; what needs randomness at step n takes `jax.random.fold_in(rng, n)`.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+    rng: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """What is known of a training state before any array of it exists.
+
+    graphdef: the model without its parameters. optimizer, schedule: optax's. abstract: a
+    TrainState of ShapeDtypeStructs, each with its sharding.
+    """
+
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    abstract: TrainState
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters."""
+        return sum(math.prod(p.shape) for p in jax.tree.leaves(self.abstract.params))
+
+
+def _initial_params(config: TrainConfig, key: jax.Array) -> Params:
+    model = LanguageModel(config.model, rngs=nnx.Rngs(key))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def make_blueprint(config: TrainConfig, mesh: Mesh) -> Blueprint:
+    """Plans model, optimizer and the place of every array, without allocating any."""
+    model = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
+    graphdef, variables = nnx.split(model, nnx.Param)
+    params, axes = nnx.to_pure_dict(variables), logical_axes(variables)
+    schedule = learning_rate_schedule(config.optimizer, steps=config.steps)
+    optimizer = make_optimizer(config.optimizer, schedule=schedule, axes=axes)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+
+    shardings = param_shardings(params, axes, mesh)
+    replicated = NamedSharding(mesh, jax.P())
+    abstract = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state, rng),
+        TrainState(
+            replicated,
+            shardings,
+            opt_state_shardings(optimizer, opt_state, shardings, mesh),
+            replicated,
+        ),
+    )
+    return Blueprint(graphdef, optimizer, schedule, abstract)
+
+
+def init_state(config: TrainConfig, blueprint: Blueprint) -> TrainState:
+    """The state before the first update, a function of `config.seed` but not of the mesh."""
+
+    # It runs once, and on CPUs the optimised code of many random draws takes 10 s to compile.
+    fast = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
+    @functools.partial(
+        jax.jit,
+        out_shardings=jax.tree.map(lambda x: x.sharding, blueprint.abstract),
+        compiler_options=fast,
+    )
+    def init(key: jax.Array) -> TrainState:
+        params_key, rng = jax.random.split(key)
+        params = _initial_params(config, params_key)
+        return TrainState(jnp.int32(0), params, blueprint.optimizer.init(params), rng)
+
+    return init(jax.random.key(config.seed))

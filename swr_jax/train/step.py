@@ -1,0 +1,139 @@
+"""One optimizer update and one evaluation, as jitted functions of a sharded training state."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from swr_jax.train.sharding import MICRO_BATCH_SPEC, batch_sharding
+from swr_jax.train.state import Blueprint, Params, TrainState
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def loss_sums(logits: jax.Array, batch: Batch) -> Metrics:
+    """Weighted sums over a batch of what the loss is made of; float32 whatever the logits' dtype.
+
+    Args:
+        logits: [B, T, V], any float dtype.
+        batch: `targets` [B, T] int32, `loss_weights` [B, T] float32, `target_bytes` [B, T] int32.
+
+    Returns:
+        Scalars. nats: Σ weight · cross-entropy. log_z_squared: Σ weight · (log Z)². weight: Σ
+        weight. target_bytes (int32): bytes of text that the targets of positive weight stand for.
+    """
+    logits = logits.astype(jnp.float32)
+    weights = batch["loss_weights"].astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+    return {
+        "nats": jnp.sum(weights * (log_z - picked)),
+        "log_z_squared": jnp.sum(weights * jnp.square(log_z)),
+        "weight": jnp.sum(weights),
+        "target_bytes": jnp.sum(jnp.where(weights > 0, batch["target_bytes"], 0)),
+    }
+
+
+def _logits(graphdef: nnx.GraphDef, params: Params, batch: Batch) -> jax.Array:
+    model = nnx.merge(graphdef, params)
+    return model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+
+
+def _micro_batches(batch: Batch, count: int, mesh: Mesh) -> Batch:
+    """[B, T] -> [count, B / count, T], each device keeping the rows that it has."""
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, MICRO_BATCH_SPEC))
+
+    return jax.tree.map(split, dict(batch))
+
+
+def gradient_and_sums(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    batch: Batch,
+    *,
+    mesh: Mesh,
+    accumulation: int = 1,
+    z_loss: float = 0.0,
+) -> tuple[Params, Metrics]:
+    """Gradient of a batch's mean loss, and its `loss_sums`, over `accumulation` micro-batches.
+
+    The mean is over the weights of the whole batch, not of each micro-batch, so the result does
+    not depend on `accumulation` (but for rounding) even where weights are uneven.
+    """
+    total_weight = jnp.maximum(jnp.sum(batch["loss_weights"].astype(jnp.float32)), 1.0)
+
+    def share_of_mean(params: Params, part: Batch) -> tuple[jax.Array, Metrics]:
+        sums = loss_sums(_logits(graphdef, params, part), part)
+        return (sums["nats"] + z_loss * sums["log_z_squared"]) / total_weight, sums
+
+    gradient_of = jax.grad(share_of_mean, has_aux=True)
+    if accumulation == 1:
+        return gradient_of(params, batch)
+
+    def add(total: tuple[Params, Metrics], part: Batch) -> tuple[tuple[Params, Metrics], None]:
+        return jax.tree.map(jnp.add, total, gradient_of(params, part)), None
+
+    parts = _micro_batches(batch, accumulation, mesh)
+    shapes = jax.eval_shape(gradient_of, params, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, parts)
+    return total
+
+
+def make_train_step(
+    blueprint: Blueprint, mesh: Mesh, *, accumulation: int = 1, z_loss: float = 0.0
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A jitted `(state, batch) -> (state, metrics)`; the state that is passed in is used up.
+
+    Metrics are scalars: those of `loss_sums`; loss, the mean nats per target; grad_norm, before
+    clipping; param_norm, after the update; learning_rate.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        gradient, sums = gradient_and_sums(
+            blueprint.graphdef,
+            state.params,
+            batch,
+            mesh=mesh,
+            accumulation=accumulation,
+            z_loss=z_loss,
+        )
+        updates, opt_state = blueprint.optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = sums | {
+            "loss": sums["nats"] / jnp.maximum(sums["weight"], 1.0),
+            "grad_norm": optax.tree.norm(gradient),
+            "param_norm": optax.tree.norm(params),
+            "learning_rate": blueprint.schedule(state.step),
+        }
+        new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, rng=state.rng)
+        return new, metrics
+
+    shardings = jax.tree.map(lambda x: x.sharding, blueprint.abstract)
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, NamedSharding(mesh, jax.P())),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(blueprint: Blueprint, mesh: Mesh) -> Callable[[Params, Batch], Metrics]:
+    """A jitted `(params, batch) -> loss_sums`."""
+
+    def eval_step(params: Params, batch: Batch) -> Metrics:
+        return loss_sums(_logits(blueprint.graphdef, params, batch), batch)
+
+    shardings = jax.tree.map(lambda x: x.sharding, blueprint.abstract.params)
+    return jax.jit(
+        eval_step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=NamedSharding(mesh, jax.P()),
+    )

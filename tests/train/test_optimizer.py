@@ -1,0 +1,91 @@
+"""What weight decay applies to, and the course of the learning rate."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from swr_jax.train.config import MeshConfig, OptimizerConfig
+from swr_jax.train.optimizer import learning_rate_schedule
+from swr_jax.train.sharding import make_mesh
+from swr_jax.train.state import make_blueprint
+
+
+def paths(tree) -> dict[str, object]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(str(entry.key) for entry in path): leaf for path, leaf in leaves}
+
+
+def test_only_matrices_that_are_no_gates_decay(config):
+    blueprint = make_blueprint(config, make_mesh(MeshConfig()))
+    params = jax.tree.map(lambda x: jnp.full(x.shape, 2.0, x.dtype), blueprint.abstract.params)
+    no_gradient = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = blueprint.optimizer.update(no_gradient, blueprint.optimizer.init(params), params)
+
+    decayed = {path for path, update in paths(updates).items() if np.any(update)}
+    feed_forward = {f"mlp/{name}/kernel" for name in ("gate", "up", "down")}
+    phalanx = {f"mixer/{name}/kernel" for name in ("value", "output")}
+    attention = {f"mixer/{name}/kernel" for name in ("query", "key", "value", "output")}
+    assert decayed == {
+        "embedding",
+        *(f"periods/0/{name}" for name in phalanx | feed_forward),
+        *(f"periods/1/{name}" for name in attention | feed_forward),
+    }
+    # And what is left alone does include every kind of it.
+    assert set(paths(updates)) - decayed >= {
+        "norm/scale",
+        "periods/0/mixer_norm/scale",
+        "periods/0/mixer/decay/kernel",
+        "periods/0/mixer/decay/bias",
+        "periods/0/mixer/pre_gate/kernel",
+        "periods/0/mixer/post_gate/bias",
+    }
+
+
+def test_decay_is_learning_rate_times_weight_decay(config):
+    blueprint = make_blueprint(config, make_mesh(MeshConfig()))
+    params = jax.tree.map(lambda x: jnp.full(x.shape, 2.0, x.dtype), blueprint.abstract.params)
+    no_gradient = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = blueprint.optimizer.update(no_gradient, blueprint.optimizer.init(params), params)
+    first_learning_rate = config.optimizer.learning_rate / (config.optimizer.warmup_steps + 1)
+    np.testing.assert_allclose(
+        updates["embedding"], -2.0 * first_learning_rate * config.optimizer.weight_decay, rtol=1e-6
+    )
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    config = OptimizerConfig(learning_rate=0.5, warmup_steps=4, final_fraction=0.2)
+    schedule = learning_rate_schedule(config, steps=20)
+    for step in range(20):
+        if step <= 4:
+            expected = 0.5 * (1 + 4 * step / 4) / 5
+        else:
+            progress = (step - 4) / (20 - 4)
+            expected = 0.5 * (0.2 + 0.8 * (1 + math.cos(math.pi * progress)) / 2)
+        assert float(schedule(step)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_warm_up_longer_than_the_run_still_ends_at_the_peak():
+    config = OptimizerConfig(learning_rate=0.5, warmup_steps=100)
+    assert float(learning_rate_schedule(config, steps=10)(9)) == pytest.approx(0.5)
+
+
+def test_long_gradients_are_clipped_to_clip_norm(config):
+    """Adam forgets the gradient's scale, so the first moment tells what reached it."""
+    blueprint = make_blueprint(config, make_mesh(MeshConfig()))
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blueprint.abstract.params)
+    gradient = jax.tree.map(lambda x: x + 7.0, params)
+    _, opt_state = blueprint.optimizer.update(gradient, blueprint.optimizer.init(params), params)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    expected = (1 - config.optimizer.beta1) * config.optimizer.clip_norm / math.sqrt(count)
+    moments = [leaf for path, leaf in paths_with_attributes(opt_state) if ".mu" in path]
+    assert len(moments) == len(jax.tree.leaves(params))
+    for moment in moments:
+        np.testing.assert_allclose(moment, expected, rtol=1e-5)
+
+
+def paths_with_attributes(tree) -> list[tuple[str, jax.Array]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
