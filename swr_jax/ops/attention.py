@@ -22,8 +22,8 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 # Queries attended at once. Larger chunks hold more logits (chunk x keys per head), smaller ones
 # make matrices that no longer fill a core.
 _QUERY_CHUNK = 512
-# Windows shorter than this share one query block: tiny matrices cost more than masked entries.
-_SHORTEST_BLOCK = 64
+# Query blocks of a window are no shorter than this: tiny matrices cost more than masked entries.
+_SHORTEST_BLOCK = 16
 # Full attention splits the queries into this many bands, each seeing only the keys up to its end,
 # which saves 3/8 of the arithmetic of a plain masked product at the cost of four traced bodies.
 _CAUSAL_BANDS = 4
@@ -244,7 +244,9 @@ def _blocks(q, k, v, window: int, segment_ids, attend: Attend) -> jax.Array:
     """Fold blocks of queries into the batch, each with the keys that its window reaches."""
     batch, queries = q.shape[:2]
     before = k.shape[1] - queries
-    size = min(max(window, _SHORTEST_BLOCK), _QUERY_CHUNK)
+    # Blocks of half a window meet 1.5 windows of keys, where whole ones would meet 2; still smaller
+    # ones would save little more and copy every key more often.
+    size = min(max(window // 2, _SHORTEST_BLOCK), _QUERY_CHUNK)
     previous = -(-window // size)  # blocks of keys before a query's own
     per_step = max(1, _QUERY_CHUNK // size)  # blocks attended at once
     steps = -(-queries // (size * per_step))
