@@ -20,8 +20,9 @@ would fuse it, and do it again, in each element of whatever reads it. Longer blo
 sub-blocks of 16 whose carriers are solved by the same functions, so the exact recurrence over T
 tokens is log16(T) levels.
 
-Nothing here takes a logarithm or divides: a = 0 is exact, and what lies outside the window, or in
-another segment, is never touched by arithmetic that could leak it.
+Nothing here takes a logarithm or divides: a = 0 is exact. What lies outside the window never enters
+the arithmetic of a token, not even as NaN; another segment inside the window enters as 0 times a
+finite number.
 """
 
 import functools
