@@ -11,7 +11,6 @@ on an idle machine.
 
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -27,7 +26,7 @@ OUT = flags.DEFINE_string("out", "experiments/results", "Folder for the results,
 SECTIONS = flags.DEFINE_list("sections", [], "Sections of the suite; all of them if not given.")
 TINY = flags.DEFINE_bool("tiny", False, "Small sizes, to see whether everything runs.")
 
-BUSY = 0.5  # load average from which on a warning is printed
+BUSY = 0.5  # cores in use by others from which on a warning is printed
 
 
 def main(argv: list[str]) -> None:
@@ -67,17 +66,23 @@ def measure(name: str, section: Section, environment: dict, path: Path) -> None:
         "measurements": [],
         "targets": [],
     }
+    others = report.OtherProcesses()
     for measurement in section.run(sizes):
+        measurement["cores_used_by_others"] = others.cores()
         record["measurements"].append(measurement)
         write(record, path)
         print("  timed", *(measurement[key] for key in ("tokens", "mode", "allocator")), flush=True)
     if section.targets:
         record["targets"] = section.targets(record["measurements"], sizes)
-    record["load_average_after"] = round(os.getloadavg()[0], 2)
     write(record, path)
     print(f"\n{report.table(record['measurements'], section.references)}\n")
     if section.targets:
         print(f"{report.targets_table(record['targets'])}\n")
+    busy = [m["cores_used_by_others"] or 0 for m in record["measurements"]]
+    if max(busy) > BUSY:
+        print(
+            f"warning: others used up to {max(busy)} cores meanwhile: repeat it on an idle machine"
+        )
     print(f"wrote {path}")
     if importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed: no picture")

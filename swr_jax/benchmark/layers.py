@@ -36,7 +36,7 @@ FULL = Sizes(
     features=(256, 512),
     head_dim=64,
     window=512,
-    budget=timing.Budget(seconds=8, min_rounds=7, max_rounds=101),
+    budget=timing.Budget(seconds=5, min_rounds=7, max_rounds=101),
 )
 TINY = Sizes(
     tokens=(48,),

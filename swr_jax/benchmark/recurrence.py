@@ -47,7 +47,7 @@ FULL = Sizes(
     headline_tokens=8192,
     heads=64,
     features=16,
-    budget=timing.Budget(seconds=12, min_rounds=7, max_rounds=101),
+    budget=timing.Budget(seconds=6, min_rounds=7, max_rounds=101),
 )
 TINY = Sizes(
     tokens=(40,),

@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +34,33 @@ def environment(arguments: Sequence[str]) -> dict:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command(arguments),
     }
+
+
+class OtherProcesses:
+    """Measures how much of the machine other processes use, so that a busy one is noticed."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    def cores(self) -> float | None:
+        """Return the mean number of cores in others' use since the last call; None off Linux."""
+        before, self._before = self._before, self._now()
+        if before is None:
+            return None
+        wall, others = (now - then for now, then in zip(self._before, before, strict=True))
+        return round(max(0.0, others / wall), 2)
+
+    @staticmethod
+    def _now() -> tuple[float, float] | None:
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return None
+        user, nice, system, _idle, _wait, irq, soft_irq, steal = map(
+            int, stat.read_text().split()[1:9]
+        )
+        ticks = user + nice + system + irq + soft_irq + steal
+        busy = ticks / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy - time.process_time()
 
 
 def command(arguments: Sequence[str]) -> str:

@@ -261,6 +261,9 @@ def test_tiny_run_writes_complete_records(results, section, groups):
     references = {"recurrence": recurrence.REFERENCES, "layers": layers.REFERENCES}[section]
     for measurement in measured:
         assert measurement["relative_rms"]
+        assert (
+            measurement["cores_used_by_others"] is None or measurement["cores_used_by_others"] >= 0
+        )
         for contestant in measurement["contestants"].values():
             time = contestant["milliseconds"]
             assert 0 < time["lower"] <= time["median"] <= time["upper"]
