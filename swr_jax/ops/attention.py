@@ -54,8 +54,9 @@ def sliding_window_attention(
       v: values [B, S, Nkv, Dh], dtype of `q`.
       window: number of keys that a query sees, its own included, at least 1; None: all before it.
       segment_ids: [B, S] integers; tokens of different segments never see each other.
-      implementation: None picks one for the platform: "tokamax" on GPU and TPU where it supports
-        the arguments, "xla" elsewhere. A name is used as it is or fails, never replaced:
+      implementation: None picks one: "tokamax" for bfloat16 and float16 on one GPU or TPU, or
+        inside `jax.shard_map` on many, where its kernels support the arguments; else "xla", which
+        the compiler can partition. A name is used as it is or fails, never replaced:
         "xla" (`jax.nn`), "cudnn" (`jax.nn` on an NVIDIA GPU), "tokamax" (its kernels on GPU and
         TPU, its chunked XLA path on CPU).
 
@@ -73,13 +74,12 @@ def sliding_window_attention(
         window = None
     if implementation is not None:
         return _run(q, k, v, window, segment_ids, implementation)
-    if jax.default_backend() == "cpu" or importlib.util.find_spec("tokamax") is None:
-        return _run(q, k, v, window, segment_ids, "xla")
-    try:
-        return _run(q, k, v, window, segment_ids, "tokamax")
-    except (NotImplementedError, ExceptionGroup):
-        # Tokamax raises these where no kernel of its own takes the shapes, dtypes or mask.
-        return _run(q, k, v, window, segment_ids, "xla")
+    if _kernels_fit(q.dtype):
+        try:
+            return _run(q, k, v, window, segment_ids, "tokamax")
+        except (NotImplementedError, ExceptionGroup):
+            pass  # raised by tokamax where none of its kernels takes these shapes or this mask
+    return _run(q, k, v, window, segment_ids, "xla")
 
 
 def cached_attention(
@@ -160,7 +160,13 @@ def _tokamax(q, k, v, *, mask=None, is_causal: bool = False, window: int | None 
     import tokamax  # heavy, and of no use to who runs recurrences only
 
     # Its quadratic "xla" is left out on purpose: ours does the same in linear memory.
-    kernels = {"gpu": ("mosaic", "triton"), "tpu": ("mosaic",), "cpu": ("xla_chunked",)}
+    platform = jax.default_backend()
+    if platform == "gpu":
+        # On other GPUs Mosaic would run forward and then find that it has no backward.
+        has_mosaic = jax.devices()[0].compute_capability in ("9.0", "10.0")
+        implementation = ("mosaic", "triton") if has_mosaic else ("triton",)
+    else:
+        implementation = ("mosaic",) if platform == "tpu" else ("xla_chunked",)
     return tokamax.dot_product_attention(
         q,
         k,
@@ -168,8 +174,19 @@ def _tokamax(q, k, v, *, mask=None, is_causal: bool = False, window: int | None 
         mask=mask,
         is_causal=is_causal,
         local_window_size=None if window is None else (window - 1, 0),
-        implementation=kernels[jax.default_backend()],
+        implementation=implementation,
     )
+
+
+def _kernels_fit(dtype) -> bool:
+    """Whether Pallas attention kernels are the better choice for this dtype, here and now."""
+    if jax.default_backend() == "cpu" or importlib.util.find_spec("tokamax") is None:
+        return False
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return False  # their float32 products are not float32 everywhere
+    # The compiler cannot split a kernel: outside shard_map it would gather its operands first.
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
 
 
 def _visible(query_index, key_index, query_segments, key_segments, window) -> jax.Array:
