@@ -8,6 +8,7 @@ from flax import nnx, struct
 from jax.typing import DTypeLike
 
 from swr_jax.nn.common import linear
+from swr_jax.ops import validation
 from swr_jax.ops.recurrence import (
     gated_sliding_window_recurrence,
     recurrence_step,
@@ -194,7 +195,7 @@ class Phalanx(nnx.Module):
             [B, T, M]; with a state, a pair of it and the new state.
 
         Raises:
-            ValueError: a window out of range, or a state of another one.
+            ValueError: a window out of range, or a state of another one or of another layer.
         """
         block_size, lookback = self._window(block_size, lookback)
         batch, time, _ = x.shape
@@ -222,7 +223,13 @@ class Phalanx(nnx.Module):
             (slice(split), slice(gate_split), lookback, state and state.window),
             (slice(split, None), slice(gate_split, None), None, state and state.everything),
         ):
-            if part == slice(0) or part == slice(self.num_heads, None):
+            absent = part == slice(0) or part == slice(self.num_heads, None)
+            if state is not None and absent != (before is None):
+                raise ValueError(
+                    "state is of a layer with other global_heads than this one's "
+                    f"{self.global_heads} of {self.num_heads}: start from this layer's init_state"
+                )
+            if absent:
                 states.append(None)
                 continue
             gates = None if b is None else (b[:, :, gate_part], c[:, :, gate_part])
@@ -257,6 +264,9 @@ def _spread_decays(_, shape: tuple[int], dtype: DTypeLike) -> jax.Array:
 
 def _recur(a, gates, v, segment_ids, state, block_size, lookback):
     """Run the recurrence of one group of heads; the state after it is None where there was none."""
+    if state is not None:
+        batch, _, heads, features = v.shape
+        validation.check_initial_state(state, (batch, heads, features), block_size, lookback)
     if state is not None and v.shape[1] == 1:
         u = v[:, 0]
         if gates is not None:
