@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
 def measure(name: str, section: Section, environment: dict, path: Path) -> None:
     """Runs one section, writing what is known after each measurement."""
     sizes = section.tiny if TINY.value else section.full
-    print(f"{name}: compiling and checking against float64", flush=True)
+    print(f"{name}: compiling and checking against float64 (minutes)", flush=True)
     record = {
         "suite": SUITE.value,
         "section": name,
