@@ -21,16 +21,20 @@ from swr_jax.train.loop import NonFiniteError, Summary, train
 FOLDER = Path(__file__).parent
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    str(FOLDER / "configs" / "phalanx_tiny.py"),
-    "Configuration file; --config.NAME=VALUE overrides a value in it.",
+    "config", None, "Configuration file; --config.NAME=VALUE overrides a value in it."
 )
+flags.mark_flag_as_required("config")
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for checkpoints, metrics and plot, made if missing.", required=True
 )
 DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Join the other processes of a TPU pod or a cluster (jax.distributed)."
+    "distributed", False, "Be one of several processes, as on a TPU pod or under Slurm or GKE."
 )
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, where the cluster does not tell it by itself."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Likewise, how many processes.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Likewise, the number of this one.")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -47,7 +51,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}: options begin with --")
     if DISTRIBUTED.value:
-        jax.distributed.initialize()
+        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     try:
         summary = train(make_train_config(CONFIG.value.to_dict()), Path(WORKDIR.value))
     except (NonFiniteError, ValueError) as error:

@@ -16,13 +16,13 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
 
     # --- run ---------------------------------------------------------------------------------
-    config.steps = 400  # optimizer updates
+    config.steps = 300  # optimizer updates
     config.seed = 0  # of the initial parameters and of sampling; the data has its own
     config.accumulation = 1  # micro-batches per update: more of them need less memory
     config.z_loss = 0.0  # weight of (log Z)^2 in the loss; 1e-4 keeps bfloat16 logits small
     config.log_every = 10  # steps between metrics lines
     config.eval_every = 100  # steps between evaluations on the validation split
-    config.eval_batches = 32  # batches of the validation split, always the same ones
+    config.eval_batches = 16  # batches of the validation split, always the same ones
     config.checkpoint_every = 100  # steps between checkpoints; there is always one at the end
     config.keep_checkpoints = 2  # older ones are deleted
     config.sample_prompt = "def "  # text that the sample at the end continues
@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
     # --- optimizer: AdamW --------------------------------------------------------------------
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 3e-3  # at its peak, after the warm-up
-    optimizer.warmup_steps = 40  # steps up to the peak; a cosine leads down from there
+    optimizer.warmup_steps = 30  # steps up to the peak; a cosine leads down from there
     optimizer.final_fraction = 0.1  # learning rate at the end, over the peak
     optimizer.beta1 = 0.9  # memory of the gradient
     optimizer.beta2 = 0.95  # memory of its square

@@ -14,6 +14,8 @@ from swr_jax.train.config import TrainConfig, from_dict, to_dict
 from swr_jax.train.state import TrainState
 
 FOLDER = "checkpoints"  # of a run's folder
+# Options that do not change what a run computes, so that they may change when it is resumed.
+_OF_NO_EFFECT = ("model.remat ", "data.read_threads ")
 
 
 class Checkpointer:
@@ -126,7 +128,8 @@ def _differences(saved: Any, given: Any, path: str) -> list[str]:
 
 
 def _check_same(directory: Path, part: str, saved: Any, given: Any) -> None:
-    if changed := _differences(saved, given, part):
+    changed = [d for d in _differences(saved, given, part) if not d.startswith(_OF_NO_EFFECT)]
+    if changed:
         raise ValueError(
             f"cannot resume from {directory} with another configuration: {'; '.join(changed)}. "
             "Use the configuration it was made with, or a new --workdir"

@@ -22,6 +22,7 @@ from swr_jax.train.config import TrainConfig
 from swr_jax.train.evaluation import evaluate, unigram_bits_per_byte, validation_batches
 from swr_jax.train.metrics import (
     LOG_NAME,
+    PLOT_NAME,
     TENSORBOARD_FOLDER,
     Meter,
     Reporter,
@@ -43,15 +44,15 @@ class Summary:
     """What a run came to.
 
     step: updates done. stopped_by: the signal that ended it early, if any. train_loss: mean nats
-    per target of the last interval. validation: loss, perplexity, bits_per_byte, and the unigram
-    model's bits per byte; None if stopped early.
+    per target of the last interval, None in processes that keep no log. validation: loss,
+    perplexity, bits_per_byte and the unigram model's bits per byte; None if stopped early.
     tokens_per_second: while updates ran, compilation left out; None if there was nothing to time.
     sample: `config.sample_prompt` and what the model made of it; empty if there was none to make.
     """
 
     step: int
     stopped_by: signal.Signals | None
-    train_loss: float
+    train_loss: float | None
     validation: dict[str, float] | None
     tokens_per_second: float | None
     sample: str
@@ -122,6 +123,8 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
         if start:
             state = checkpoints.restore(start, blueprint.abstract, batches, config)
             say(f"resumed from the checkpoint of step {start}")
+            if start >= config.steps:
+                say(f"nothing left to train: steps={config.steps}; raise it, or begin elsewhere")
         else:
             state = init_state(config, blueprint)
         reporter = stack.enter_context(Reporter(workdir, resume_step=start, enabled=is_main))
@@ -131,7 +134,7 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
         )
 
         meter = Meter(
-            tokens_per_step=batch_size * length,
+            tokens_per_step=tokens_per_step,
             flops_per_token=flops_per_token(
                 config.model, num_params=blueprint.num_params, length=length
             ),
@@ -180,7 +183,9 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
             validation = evaluate(eval_step, state.params, held_out, sharding)
             validation["unigram_bits_per_byte"] = unigram
 
-        train_lines = [x for x in read_metrics(workdir) if x["split"] == "train"]
+        if is_main:
+            plot_losses(workdir, unigram_bits_per_byte=unigram)
+        train_losses = [x["loss"] for x in read_metrics(workdir) if x["split"] == "train"]
         sample = ""
         if config.sample_tokens and not stopped_by and jax.process_count() == 1:
             model = nnx.merge(blueprint.graphdef, state.params)
@@ -197,14 +202,14 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
         return Summary(
             step=int(state.step),
             stopped_by=stopped_by,
-            train_loss=train_lines[-1]["loss"],
+            train_loss=train_losses[-1] if train_losses else None,
             validation=validation,
             tokens_per_second=meter.tokens_per_second(),
             sample=sample,
             checkpoints=checkpoints.directory,
             log=workdir / LOG_NAME,
             tensorboard=workdir / TENSORBOARD_FOLDER,
-            plot=plot_losses(workdir, unigram_bits_per_byte=unigram),
+            plot=workdir / PLOT_NAME,
         )
 
 
@@ -247,8 +252,9 @@ class _StopSignals:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "_StopSignals":
-        # Python lets only the main thread handle signals; elsewhere they are its caller's affair.
-        if threading.current_thread() is threading.main_thread():
+        # Python lets only the main thread handle signals. With several processes JAX listens to
+        # SIGTERM itself, to make all of them stop at the same step.
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             for number in self._SIGNALS:
                 self._previous[number] = signal.signal(number, self._note)
         return self

@@ -15,6 +15,7 @@ from swr_jax.nn.language_model import LanguageModelConfig
 
 LOG_NAME = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+PLOT_NAME = "loss.png"
 
 # Dense bfloat16 FLOP/s of one device by the start of `jax.Device.device_kind`; makers' data sheets.
 PEAK_FLOPS: dict[str, float] = {
@@ -146,7 +147,7 @@ class Meter:
             values["tokens_per_second"] = speed
             if peak := peak_flops(self._devices[0]):
                 values["mfu"] = speed * self._flops_per_token / (peak * len(self._devices))
-        values["memory_mib"] = memory_mib(self._devices[0])
+        values["memory_mib"] = memory_mib(jax.local_devices()[0])  # others' are not to be asked
         return values
 
     def tokens_per_second(self) -> float | None:
@@ -231,7 +232,7 @@ def read_metrics(directory: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def plot_losses(directory: Path, *, unigram_bits_per_byte: float) -> Path:
+def plot_losses(directory: Path, *, unigram_bits_per_byte: float) -> None:
     """Draws bits per byte against step, from `metrics.jsonl`, into `loss.png`."""
     import matplotlib
 
@@ -253,7 +254,5 @@ def plot_losses(directory: Path, *, unigram_bits_per_byte: float) -> Path:
     axes.set(xlabel="step", ylabel="bits per byte")
     axes.grid(alpha=0.3)
     axes.legend()
-    path = directory / "loss.png"
-    figure.savefig(path, dpi=150)
+    figure.savefig(directory / PLOT_NAME, dpi=150)
     plt.close(figure)
-    return path

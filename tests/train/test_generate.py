@@ -69,10 +69,10 @@ def test_samples_follow_the_softmax_at_the_temperature(model):
     def softmax(logits: np.ndarray) -> np.ndarray:
         return np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
 
-    expected, hotter = softmax(logits / 0.25), softmax(logits)
+    expected, hotter = softmax(logits / 0.1), softmax(logits)
     scores = np.log(expected)
     keys = [jax.random.key(seed) for seed in range(300)]
-    options = {"max_tokens": 1, "temperature": 0.25}
+    options = {"max_tokens": 1, "temperature": 0.1}
     draws = [next(generate_tokens(model, [1, 2, 3], key=key, **options)) for key in keys]
 
     mean = expected @ scores

@@ -146,7 +146,7 @@ def test_plot_shows_both_splits_and_the_baseline(tmp_path, monkeypatch):
         return plot(axes, x, y, **options)
 
     monkeypatch.setattr(matplotlib.axes.Axes, "plot", spy)
-    path = plot_losses(tmp_path, unigram_bits_per_byte=4.5)
+    plot_losses(tmp_path, unigram_bits_per_byte=4.5)
     curve = ([1, 2, 3], [8.0, 4.0, 8 / 3])
     assert drawn == {"train": curve, "validation": curve}
-    assert path.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
