@@ -32,7 +32,7 @@ from swr_jax.train.config import TrainConfig, make_train_config
 _STUDY = flags.DEFINE_enum("study", "mixers", ["mixers", "ablations"], "Which runs.")
 _OUT = flags.DEFINE_string("out", "experiments/results", "Folder of the results.")
 _RUNS = flags.DEFINE_string("runs", "runs/compare", "Folder of the runs themselves.")
-_STEPS = flags.DEFINE_integer("steps", 400, "Updates of each run.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 300, "Updates of each run.", lower_bound=1)
 _SEEDS = flags.DEFINE_integer("seeds", 0, "Seeds of each model; 0: three, or one for ablations.")
 
 FOLDER = Path(__file__).parent
