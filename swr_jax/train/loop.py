@@ -130,7 +130,9 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
         reporter = stack.enter_context(Reporter(workdir, resume_step=start, enabled=is_main))
         signals = stack.enter_context(_StopSignals())
         bar = stack.enter_context(
-            tqdm(total=config.steps, initial=start, unit="step", disable=None if is_main else True)
+            tqdm(
+                total=config.steps, initial=start, unit=" steps", disable=None if is_main else True
+            )
         )
 
         meter = Meter(
