@@ -5,6 +5,7 @@
 Without --prompt the text to continue is read from standard input; an empty one begins a document.
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # orbax warns that it only reads
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}: options begin with --")
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     prompt = PROMPT.value
     if prompt is None:
         if sys.stdin.isatty():
@@ -57,6 +59,8 @@ def main(argv: list[str]) -> None:
             sys.stdout.flush()
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)  # the shell's convention
     sys.stdout.write("\n")
 
 

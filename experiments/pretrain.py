@@ -48,6 +48,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
     """Parses, trains, reports."""
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file it writes
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}: options begin with --")
     if DISTRIBUTED.value:
@@ -81,8 +82,10 @@ def report(summary: Summary) -> None:
     print(f"  loss plot           {summary.plot}")
     print(f"  metrics             {summary.log} (TensorBoard: {summary.tensorboard})")
     if summary.sample:
+        # A young model writes control characters too, which a terminal would obey.
+        shown = [c if c.isprintable() or c in "\n\t" else "\ufffd" for c in summary.sample]
         print("\nsample:")
-        print(summary.sample)
+        print("".join(shown))
     print("\nwrite more text with")
     script = os.path.relpath(FOLDER / "generate.py")
     print("  " + _command(script, f"--checkpoint={WORKDIR.value}", "--prompt=import "))
@@ -90,10 +93,10 @@ def report(summary: Summary) -> None:
 
 def _command(*arguments: str) -> str:
     """A line for the shell that runs `arguments` in this Python."""
-    python = sys.executable
-    if python.startswith(str(Path.cwd())):
-        python = os.path.relpath(python)
-    return shlex.join([python, *arguments])
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    return shlex.join([str(python), *arguments])
 
 
 if __name__ == "__main__":

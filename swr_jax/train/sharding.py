@@ -98,6 +98,12 @@ def param_shardings(params: Any, axes: Any, mesh: Mesh) -> Any:
     return jax.tree.map(spec, params, axes)
 
 
+def gathered(sharding: NamedSharding) -> NamedSharding:
+    """A parameter's sharding while it is in use: whole again along fsdp."""
+    spec = jax.P(*(None if axis == "fsdp" else axis for axis in sharding.spec))
+    return NamedSharding(sharding.mesh, spec)
+
+
 def opt_state_shardings(
     optimizer: optax.GradientTransformation, opt_state: Any, shardings: Any, mesh: Mesh
 ) -> Any:

@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from swr_jax.train.sharding import MICRO_BATCH_SPEC, batch_sharding
+from swr_jax.train.sharding import MICRO_BATCH_SPEC, batch_sharding, gathered
 from swr_jax.train.state import Blueprint, Params, TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -38,8 +38,14 @@ def loss_sums(logits: jax.Array, batch: Batch) -> Metrics:
     }
 
 
-def _logits(graphdef: nnx.GraphDef, params: Params, batch: Batch) -> jax.Array:
-    model = nnx.merge(graphdef, params)
+def _logits(blueprint: Blueprint, params: Params, batch: Batch) -> jax.Array:
+    def gather(param: jax.Array, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.lax.with_sharding_constraint(param, gathered(abstract.sharding))
+
+    # Parameters that stay split over fsdp would make the compiler split the features of the
+    # activations likewise, and gather the batch on every device.
+    params = jax.tree.map(gather, params, blueprint.abstract.params)
+    model = nnx.merge(blueprint.graphdef, params)
     return model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
 
 
@@ -54,7 +60,7 @@ def _micro_batches(batch: Batch, count: int, mesh: Mesh) -> Batch:
 
 
 def gradient_and_sums(
-    graphdef: nnx.GraphDef,
+    blueprint: Blueprint,
     params: Params,
     batch: Batch,
     *,
@@ -70,18 +76,23 @@ def gradient_and_sums(
     total_weight = jnp.maximum(jnp.sum(batch["loss_weights"].astype(jnp.float32)), 1.0)
 
     def share_of_mean(params: Params, part: Batch) -> tuple[jax.Array, Metrics]:
-        sums = loss_sums(_logits(graphdef, params, part), part)
+        sums = loss_sums(_logits(blueprint, params, part), part)
         return (sums["nats"] + z_loss * sums["log_z_squared"]) / total_weight, sums
 
-    gradient_of = jax.grad(share_of_mean, has_aux=True)
+    def of_part(part: Batch) -> tuple[Params, Metrics]:
+        gradient, sums = jax.grad(share_of_mean, has_aux=True)(params, part)
+        # Split like the parameters at once: each device keeps the part that it updates.
+        shardings = jax.tree.map(lambda x: x.sharding, blueprint.abstract.params)
+        return jax.lax.with_sharding_constraint(gradient, shardings), sums
+
     if accumulation == 1:
-        return gradient_of(params, batch)
+        return of_part(batch)
 
     def add(total: tuple[Params, Metrics], part: Batch) -> tuple[tuple[Params, Metrics], None]:
-        return jax.tree.map(jnp.add, total, gradient_of(params, part)), None
+        return jax.tree.map(jnp.add, total, of_part(part)), None
 
     parts = _micro_batches(batch, accumulation, mesh)
-    shapes = jax.eval_shape(gradient_of, params, jax.tree.map(lambda x: x[0], parts))
+    shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, parts)
     return total
@@ -98,7 +109,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         gradient, sums = gradient_and_sums(
-            blueprint.graphdef,
+            blueprint,
             state.params,
             batch,
             mesh=mesh,
@@ -129,7 +140,7 @@ def make_eval_step(blueprint: Blueprint, mesh: Mesh) -> Callable[[Params, Batch]
     """A jitted `(params, batch) -> loss_sums`."""
 
     def eval_step(params: Params, batch: Batch) -> Metrics:
-        return loss_sums(_logits(blueprint.graphdef, params, batch), batch)
+        return loss_sums(_logits(blueprint, params, batch), batch)
 
     shardings = jax.tree.map(lambda x: x.sharding, blueprint.abstract.params)
     return jax.jit(

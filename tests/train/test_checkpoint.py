@@ -114,3 +114,38 @@ def test_loading_from_nowhere_says_what_to_name(tmp_path):
         load_model(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match=r"holds no finished checkpoint: .*--workdir"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("model", {"features": 32}, r"model.features was 16, is now 32"),
+        ("data", {"sequence_length": 64}, r"data.sequence_length was 32, is now 64"),
+    ],
+)
+def test_another_configuration_is_refused_with_what_changed(
+    config, blueprint, state, tmp_path, part, change, message
+):
+    other = dataclasses.replace(
+        config, **{part: dataclasses.replace(getattr(config, part), **change)}
+    )
+    batches = iter(make_dataset(config.data))
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, batches, config)
+        checkpoints.wait()
+        with pytest.raises(ValueError, match=message + r".*new --workdir"):
+            checkpoints.restore(1, blueprint.abstract, batches, other)
+
+
+def test_what_changes_no_result_may_change(config, blueprint, state, tmp_path):
+    other = dataclasses.replace(
+        config,
+        steps=99,
+        model=dataclasses.replace(config.model, remat="full"),
+        data=dataclasses.replace(config.data, read_threads=1),
+    )
+    batches = iter(make_dataset(config.data))
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, batches, config)
+        checkpoints.wait()
+        assert_equal(checkpoints.restore(1, blueprint.abstract, batches, other), as_numpy(state))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(config):
     def run(accumulation: int):
         return jax.jit(
             lambda params: gradient_and_sums(
-                blueprint.graphdef,
+                blueprint,
                 params,
                 batch,
                 mesh=mesh,
@@ -103,9 +104,7 @@ def test_z_loss_is_in_the_gradient(config):
 
     @jax.jit
     def gradient_and_mean(params, z_loss):
-        gradient, sums = gradient_and_sums(
-            blueprint.graphdef, params, batch, mesh=mesh, z_loss=z_loss
-        )
+        gradient, sums = gradient_and_sums(blueprint, params, batch, mesh=mesh, z_loss=z_loss)
         return gradient, sums["log_z_squared"] / sums["weight"]
 
     part_of_z_loss = jax.tree.map(
@@ -121,16 +120,18 @@ def test_z_loss_is_in_the_gradient(config):
     assert slope == pytest.approx(finite_difference, rel=1e-2)
 
 
-def three_losses(config: TrainConfig, mesh: Mesh) -> tuple[list[float], TrainState]:
+def three_losses(config: TrainConfig, mesh: Mesh) -> tuple[list[float], TrainState, str]:
+    """Losses of three updates, the state after them, and the compiled program."""
     blueprint = make_blueprint(config, mesh)
+    batches = [put_batch(random_batch(8, 32, seed=seed), batch_sharding(mesh)) for seed in range(3)]
     train_step = make_train_step(blueprint, mesh, accumulation=config.accumulation)
+    train_step = train_step.lower(blueprint.abstract, batches[0]).compile()
     state = init_state(config, blueprint)
     losses = []
-    for seed in range(3):
-        batch = put_batch(random_batch(8, 32, seed=seed), batch_sharding(mesh))
+    for batch in batches:
         state, metrics = train_step(state, batch)
         losses.append(float(metrics["loss"]))
-    return losses, state
+    return losses, state, train_step.as_text()
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def single_device_losses(config) -> list[float]:
 def test_losses_do_not_depend_on_the_mesh(config, single_device_losses, sizes):
     sizes = dict(sizes)
     config = dataclasses.replace(config, accumulation=sizes.pop("accumulation", 1))
-    losses, state = three_losses(config, make_mesh(MeshConfig(**sizes)))
+    losses, state, program = three_losses(config, make_mesh(MeshConfig(**sizes)))
     np.testing.assert_allclose(losses, single_device_losses, rtol=1e-5)
     assert losses[2] != losses[0]
 
@@ -162,3 +163,7 @@ def test_losses_do_not_depend_on_the_mesh(config, single_device_losses, sizes):
     moments = [s for s in jax.tree.leaves(state.opt_state) if s.shape == embedding.shape]
     assert len(moments) == 2
     assert all(moment.sharding == embedding.sharding for moment in moments)
+
+    # No device ever holds an activation of the whole batch: [8, 32, ...] or, folded, [256, ...].
+    whole_batch = [line for line in program.splitlines() if re.search(r"f32\[(8,32|256),", line)]
+    assert whole_batch == []
