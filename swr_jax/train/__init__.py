@@ -1,0 +1,1 @@
+"""Sharded training of language models: begin with `swr_jax.train.loop.train`."""
