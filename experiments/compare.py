@@ -4,8 +4,9 @@
     python experiments/compare.py --study=ablations    # one change to the Phalanx hybrid each
 
 Every run is `experiments/pretrain.py` with the overrides listed below, the same data, steps and
-learning rate, on one core of its own. A study that was cut off goes on where it stopped. Writes
-OUT/compare_STUDY.json, .md (a table) and .png.
+learning rate, on one core of its own. A study that was cut off goes on where it stopped. Speed is
+measured afterwards: updates of all models in turn, in one process. Writes OUT/compare_STUDY.json
+and .png, and prints a table.
 """
 
 import json
@@ -21,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 
 from absl import app, flags
-from comparison import draw, summarise, table
+from comparison import draw, summarise, table, time_updates
 from configs import phalanx_tiny
 from flax import nnx
 from tqdm import tqdm
@@ -34,6 +35,7 @@ _OUT = flags.DEFINE_string("out", "experiments/results", "Folder of the results.
 _RUNS = flags.DEFINE_string("runs", "runs/compare", "Folder of the runs themselves.")
 _STEPS = flags.DEFINE_integer("steps", 300, "Updates of each run.", lower_bound=1)
 _SEEDS = flags.DEFINE_integer("seeds", 0, "Seeds of each model; 0: three, or one for ablations.")
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds in which updates are timed.", lower_bound=2)
 
 FOLDER = Path(__file__).parent
 PHALANX = {"model.pattern": ("phalanx", "attention")}
@@ -116,8 +118,7 @@ def main(_: list[str]) -> None:
                 workdir = Path(_RUNS.value) / f"{_STUDY.value}_{number}_{seed}"
                 config = train_config(overrides)
                 model = nnx.eval_shape(lambda c=config.model: LanguageModel(c, rngs=nnx.Rngs(0)))
-                tokens = config.data.batch_size * config.data.sequence_length
-                runs.append((name, seed, workdir, num_parameters(model), tokens))
+                runs.append((name, seed, workdir, num_parameters(model)))
                 futures.append(pool.submit(run, overrides, workdir, cores))
         for future in tqdm(futures, unit="run"):
             future.result()
@@ -129,17 +130,22 @@ def main(_: list[str]) -> None:
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip(),
-        "device": f"CPU ({platform.machine()}), one core a run",
+        "device": f"CPU ({platform.machine()}, {cores.qsize()} cores)",
         "jax": metadata.version("jax"),
         "steps": _STEPS.value,
         "seeds": seeds,
         "models": summarise(runs),
     }
+    if _STUDY.value == "mixers":
+        configs = {
+            name: train_config(all_overrides(changes, 0)) for name, changes in models.items()
+        }
+        speeds = time_updates(configs, rounds=_ROUNDS.value)
+        results["models"] = {name: m | speeds[name] for name, m in results["models"].items()}
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"compare_{_STUDY.value}"
     stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(table(results))
     draw(results, stem.with_suffix(".png"))
     print(table(results))
 
