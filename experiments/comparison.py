@@ -113,7 +113,7 @@ def draw(results: dict, path: Path) -> None:
     timed = "seconds_per_step" in next(iter(models.values()))
     many = len(models) > 4
     figure, axes = plt.subplots(
-        1, 1 + timed, figsize=(10.5 if timed else 8, 4.4), sharey=True, layout="constrained"
+        1, 1 + timed, figsize=(11.5 if timed else 8.5, 4.4), sharey=True, layout="constrained"
     )
     axes = list(axes) if timed else [axes]
     for number, (name, model) in enumerate(models.items()):
@@ -135,7 +135,7 @@ def draw(results: dict, path: Path) -> None:
         axes[1].set(xlabel="seconds of updates")
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[-1].legend(fontsize=8, loc="upper right")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     seeds = f"mean and range of {results['seeds']} seeds" if results["seeds"] > 1 else "one seed"
     figure.suptitle(f"Equal width, depth and steps, {seeds}; {results['device']}", fontsize=10)
     figure.savefig(path, dpi=120)
