@@ -118,13 +118,14 @@ def state_after(
         block_size, lookback: the call's window.
     """
     before = _full_state(initial_state, carriers, block_size, lookback)
+    first = carriers[:, :1]
     if initial_state is not None:
-        carriers = carriers.at[:, :1].add(block_decays[:, :1, :, None] * before.local[:, None])
+        first = first + block_decays[:, :1, :, None] * before.local[:, None]
     if lookback is None:
-        return before.replace(local=carriers[:, 0])
+        return before.replace(local=first[:, 0])
 
     # Entry lookback + t is block t; one empty block more, for a sequence that ends at an edge.
-    carriers = jnp.concatenate([before.carriers[:, ::-1], carriers], axis=1)
+    carriers = jnp.concatenate([before.carriers[:, ::-1], first, carriers[:, 1:]], axis=1)
     carriers = jnp.pad(carriers, ((0, 0), (0, 1), (0, 0), (0, 0)))
     # What each entry has decayed by before the first token, and by each block from then on.
     blocks = ((0, 0), (0, carriers.shape[1] - lookback), (0, 0))
@@ -153,6 +154,9 @@ def _full_state(
     )
     if state is None:
         return zeros
+    if lookback is None:
+        local = state.local if isinstance(state, RecurrenceState) else state
+        return zeros.replace(local=local.astype(like.dtype))
     if isinstance(state, RecurrenceState):
         return zeros.replace(
             local=state.local.astype(like.dtype),
@@ -160,7 +164,4 @@ def _full_state(
             decays=state.decays.astype(like.dtype),
             position=state.position,
         )
-    state = state.astype(like.dtype)
-    if lookback is None:
-        return zeros.replace(local=state)
-    return zeros.replace(carriers=zeros.carriers.at[:, 0].set(state))
+    return zeros.replace(carriers=zeros.carriers.at[:, 0].set(state.astype(like.dtype)))
