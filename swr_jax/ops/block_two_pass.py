@@ -161,7 +161,7 @@ def carry_in(
     blocks = v.shape[1]
     carry = None
     if local is not None:
-        v = v.at[:, :1].add(c[:, :1] * local)
+        v = _add_to_first(v, c[:, :1] * local)
     if lookback and (blocks > 1 or previous is not None):
         if previous is None:
             previous = jnp.zeros_like(v[:, :1])
@@ -178,8 +178,13 @@ def carry_in(
     if local is not None:
         if carry is None:
             carry = jnp.zeros_like(v)
-        carry = carry.at[:, :1].add(local)
+        carry = _add_to_first(carry, local)
     return carry
+
+
+def _add_to_first(x: Array, first: Array) -> Array:
+    # Not a scatter: with a single block, jaxlib 0.11.2 cannot compile that under shard_map.
+    return jnp.concatenate([x[:, :1] + first, x[:, 1:]], axis=1)
 
 
 def _sum_to(x: Array, like: Array) -> Array:

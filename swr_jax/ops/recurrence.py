@@ -177,11 +177,11 @@ def recurrence_step(
     validation.check_step(a_t, u_t, state.local.shape)
     a = a_t.astype(state.local.dtype)
     local = a[..., None] * state.local + u_t.astype(state.local.dtype)
+    if state.lookback is None:
+        return state.replace(local=local), local.astype(u_t.dtype)
+
     decays = a[:, None] * state.decays
     x = local + jnp.sum(decays[..., None] * state.carriers, axis=1)
-    if state.lookback is None:
-        return state.replace(local=local), x.astype(u_t.dtype)
-
     position = state.position + 1
     ended = (position == state.block_size)[:, None, None]
     # A block that ends hands its local state on as the newest carrier; the oldest one drops out.
