@@ -213,7 +213,11 @@ def test_many_problems_equal_the_oracle(problem):
     equals_the_oracle(problem)
 
 
-@given(st.integers(0, 2**16), st.floats(-10, 10), st.floats(-10, 10))
+# XLA flushes subnormal products to zero, so no weight is as small as that.
+weights = st.integers(-1000, 1000).map(lambda n: n / 100)
+
+
+@given(st.integers(0, 2**16), weights, weights)
 @settings(max_examples=25, deadline=None)
 def test_the_output_is_linear_in_inputs_and_initial_state(seed, alpha, beta):
     a, u, _ = draw_rows(21, 2, 3, seed)
