@@ -264,11 +264,10 @@ def _spread_decays(_, shape: tuple[int], dtype: DTypeLike) -> jax.Array:
 
 def _recur(a, gates, v, segment_ids, state, block_size, lookback):
     """Run the recurrence of one group of heads; the state after it is None where there was none."""
-    if state is not None:
-        batch, _, heads, features = v.shape
-        validation.check_initial_state(state, (batch, heads, features), block_size, lookback)
     if state is not None and v.shape[1] == 1:
+        # A step takes its window from the state; the operators below compare the two themselves.
         u = v[:, 0]
+        validation.check_initial_state(state, u.shape, block_size, lookback)
         if gates is not None:
             b, c = (jnp.repeat(gate[:, 0], v.shape[2] // gate.shape[2], axis=1) for gate in gates)
             u = b.astype(jnp.float32) * u.astype(jnp.float32)
