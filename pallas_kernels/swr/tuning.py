@@ -1,0 +1,76 @@
+"""Tuning parameters of the Hopper kernels: how work is cut up, never what is computed."""
+
+import dataclasses
+
+# Tokens that one stage of the pipeline holds; every supported block is a multiple of it.
+SUBBLOCK = 16
+# Longest block; chunks are multiples of it, so that no block lies in two of them.
+LONGEST_BLOCK = 128
+# Shared memory of one thread block on Hopper, less what barriers and alignment take, in bytes.
+SHARED_MEMORY = 232448 - 4096
+# Streaming multiprocessors of an H100 or H200 (SXM).
+MULTIPROCESSORS = 132
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """How the launches are tiled; results do not depend on it.
+
+    Attributes:
+        heads: heads (of 16 or 8 features) that a thread block owns: 8, 16, 32 or 64; 8 only where
+            they have 16.
+        chunk: tokens that a thread block walks through, a multiple of 128.
+        forward_slots: stages of 16 tokens that its shared memory holds, at least 2; all but one of
+            them are in flight while one is computed.
+        backward_slots: the same for the backward.
+    """
+
+    heads: int = 32
+    chunk: int = 512
+    forward_slots: int = 4
+    backward_slots: int = 3
+
+    def __post_init__(self):
+        if self.heads not in (8, 16, 32, 64):
+            raise ValueError(f"heads={self.heads}: must be 8, 16, 32 or 64")
+        if self.chunk < LONGEST_BLOCK or self.chunk % LONGEST_BLOCK:
+            raise ValueError(f"chunk={self.chunk}: must be a multiple of {LONGEST_BLOCK}")
+        for name in ("forward_slots", "backward_slots"):
+            slots = getattr(self, name)
+            if slots < 2:
+                raise ValueError(f"{name}={slots}: must be at least 2")
+
+
+def default_config(
+    *, batch: int, time: int, heads: int, narrowest: int, forward_bytes: int, backward_bytes: int
+) -> TuningConfig:
+    """Return the default for a problem on an H100 or H200.
+
+    Tiles are as wide as the problem and shared memory allow, chunks as long as they can be with two
+    thread blocks for every multiprocessor (long chunks recompute fewer halos).
+
+    Args:
+        batch, time, heads: B, T, H, H in heads of 16 or 8 features.
+        narrowest: fewest heads that a thread block can own.
+        forward_bytes, backward_bytes: bytes of one head and token in a stage of either pass.
+    """
+
+    def stage(tile: int, per_head: int) -> int:
+        return tile * per_head * SUBBLOCK
+
+    tile = 32
+    while tile > narrowest and (
+        tile >= 2 * heads or 3 * stage(tile, backward_bytes) > SHARED_MEMORY
+    ):
+        tile //= 2
+    chunk = 1024
+    tiles = batch * -(-heads // tile)
+    while chunk > LONGEST_BLOCK and tiles * -(-time // chunk) < 2 * MULTIPROCESSORS:
+        chunk //= 2
+
+    def slots(per_head: int) -> int:
+        """Two thread blocks to a multiprocessor if each can have three stages, else one."""
+        fitting = SHARED_MEMORY // 2 // stage(tile, per_head)
+        return min(fitting if fitting >= 3 else SHARED_MEMORY // stage(tile, per_head), 4)
+
+    return TuningConfig(tile, chunk, slots(forward_bytes), slots(backward_bytes))
