@@ -32,6 +32,8 @@ from jax.experimental import pallas as pl
 SUBLANES = 8
 # The grid is (batch, heads, features, time).
 TIME_AXIS = 3
+# Tokens whose decay gradients are summed at once.
+SUM_TOKENS = 32
 States = tuple[jax.Array, ...]
 
 
@@ -274,17 +276,18 @@ def backward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) -
     for k, state in enumerate(states):
         kept[k] = state
 
-    @pl.loop(0, plan.tile // SUBLANES)
+    group = min(SUM_TOKENS, plan.tile)
+
+    @pl.loop(0, plan.tile // group)
     def _(n):
         # Sum over sublanes, eight tokens at once: the k-th sublane of each is one strided load.
-        base = pl.multiple_of(n * SUBLANES, SUBLANES)
-        loads = (
-            terms[pl.ds(base * SUBLANES + k, SUBLANES, stride=SUBLANES), :]
-            for k in range(SUBLANES)
-        )
-        decay[pl.ds(base, SUBLANES), :] = functools.reduce(jnp.add, loads)
-
-    da[0, 0] = decay[...].astype(da.dtype)
+        base = pl.multiple_of(n * group, group)
+        sums = []
+        for first in range(0, group, SUBLANES):
+            start = (base + first) * SUBLANES
+            loads = (terms[pl.ds(start + k, SUBLANES, stride=SUBLANES), :] for k in range(SUBLANES))
+            sums.append(functools.reduce(jnp.add, loads))
+        da[0, 0, pl.ds(base, group), :] = jnp.concatenate(sums).astype(da.dtype)
 
     @pl.when(tile == 0)
     def _():

@@ -26,7 +26,7 @@ class TuningConfig:
     """
 
     tile: int = 256
-    rows: int = 16
+    rows: int = 32
     features: int = 32
 
     def __post_init__(self):
