@@ -37,69 +37,28 @@ is what `trip_counts` has to match.
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from pallas_kernels.targets import Chip, Loop
+import jax
+
+from pallas_kernels.targets import (
+    CHIPS,
+    Budget,
+    Chip,
+    Launch,
+    TargetReport,
+    broken_budgets,
+    compile_for,
+    default_budget,
+)
+
+__all__ = ["Budget", "Entry", "Launch", "check", "default_budget", "entries"]
 
 BATCH, TIME, HEADS, FEATURES = 8, 8192, 128, 16
 
-TripCounts = Sequence[int] | Callable[[Sequence["Loop"]], Sequence[int]] | None
 _BACKENDS = ("entries_gpu", "entries_tpu")  # modules of pallas_kernels.swr
-
-
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """What a kernel may take; None: reported, but not held to anything.
-
-    Attributes:
-        spill: bytes spilled per thread (GPU), or spill slots used (TPU).
-        bytes_ratio: bytes moved over `Entry.bytes_minimum`.
-        bytes_in_flight: GPU only: bytes of loads under way per SM, at least.
-        issue_ratio: predicted issue time over predicted memory time.
-        vmem_bytes: TPU only: VMEM of one kernel; the default is the chip's own limit.
-    """
-
-    spill: int | None = 0
-    bytes_ratio: float | None = 1.15
-    bytes_in_flight: int | None = None
-    issue_ratio: float | None = None
-    vmem_bytes: int | None = None
-
-
-def default_budget(chip: "Chip") -> Budget:
-    """The budget of a kernel that names none of its own."""
-    if chip.platform == "gpu":
-        return Budget(bytes_in_flight=40 * 1024, issue_ratio=0.7)
-    held = chip.name in ("v5e", "v5p", "v6e")
-    return Budget(issue_ratio=0.8 if held else None, vmem_bytes=chip.vmem_limit_bytes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """What the compiled text does not say about one of an entry's kernels.
-
-    Attributes:
-        kernel: a part of the kernel's name (the `name` given to `plgpu.kernel` or `pallas_call`)
-            that no other kernel of the entry has; "" where the entry has only one.
-        trip_counts: how often each loop of the machine code runs, per entry into it (an inner
-            loop's count is per turn of the loop around it): a sequence in order of the loops'
-            first addresses, a callable that gets the `targets.Loop`s in that order, or None. None
-            on a TPU: counts that the compiler knows, the grid's among them, are found, and an
-            error names the loops whose counts are not. None on a GPU: the kernel has no loops.
-        grid: CTAs of the launch (GPU), None: read from the lowered kernel.
-        bytes_in_flight: GPU: bytes of loads that one CTA keeps under way.
-        warps: GPU: warps that run each loop, by address as `trip_counts`; None: all warps of the
-            CTA. For kernels whose warp groups run different code: the loops of the other warps are
-            not counted for a warp.
-    """
-
-    kernel: str = ""
-    trip_counts: TripCounts = None
-    grid: tuple[int, ...] | None = None
-    bytes_in_flight: int | None = None
-    warps: Sequence[int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,17 +74,17 @@ class Entry:
         bytes_moved: bytes that the call moves to and from HBM. None: from the BlockSpecs (TPU).
         launches: one per kernel of the call; () on a TPU where nothing need be said.
         chips: names of chips that this entry is for; None: all of the platform.
-        budget: what it may take on a chip.
+        budget: what it may take on a chip, `Budget`.
     """
 
     name: str
     platform: str
-    build: Callable[["Chip"], tuple[Callable[..., Any], tuple[Any, ...]]]
+    build: Callable[[Chip], tuple[Callable[..., Any], tuple[Any, ...]]]
     bytes_minimum: int
     bytes_moved: int | None = None
     launches: tuple[Launch, ...] = ()
     chips: tuple[str, ...] | None = None
-    budget: Callable[["Chip"], Budget] = default_budget
+    budget: Callable[[Chip], Budget] = default_budget
 
     def __post_init__(self):
         if self.platform not in ("gpu", "tpu"):
@@ -141,3 +100,37 @@ def entries() -> tuple[Entry, ...]:
     modules = [f"pallas_kernels.swr.{backend}" for backend in _BACKENDS]
     present = [module for module in modules if importlib.util.find_spec(module) is not None]
     return tuple(entry for module in present for entry in importlib.import_module(module).entries())
+
+
+def check(
+    chip_name: str, kernel: str = "", dumps: Path | None = None
+) -> list[tuple[TargetReport, list[str]]]:
+    """Reports on every entry for a chip, each with the budgets that it breaks, in words.
+
+    Sets `jax_platforms` to "cpu" for the process: no device is needed, and none should be taken.
+
+    Args:
+        chip_name: a name in `targets.CHIPS`.
+        kernel: only entries whose name contains this.
+        dumps: folder to keep the compilers' texts in, by chip and entry.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    chip = CHIPS[chip_name]
+    results = []
+    for entry in entries():
+        supported = entry.chips is None or chip.name in entry.chips
+        if entry.platform != chip.platform or not supported or kernel not in entry.name:
+            continue
+        fn, shapes = entry.build(chip)
+        report = compile_for(
+            chip,
+            fn,
+            *shapes,
+            launches=entry.launches,
+            bytes_moved=entry.bytes_moved,
+            bytes_minimum=entry.bytes_minimum,
+            name=entry.name,
+            dumps=None if dumps is None else dumps / chip.name / entry.name.replace("/", "-"),
+        )
+        results.append((report, broken_budgets(report, entry.budget(chip))))
+    return results

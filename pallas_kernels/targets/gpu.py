@@ -13,10 +13,12 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from pallas_kernels.targets import sass
 from pallas_kernels.targets.chips import GPU_SCHEDULERS, Chip
+from pallas_kernels.targets.hlo import KernelCall
 from pallas_kernels.targets.launch import Launch, launch_for, resolve_trip_counts, turns
 
 WARP = 32
@@ -100,20 +102,59 @@ def ctas_per_sm(chip: Chip, *, threads: int, registers: int, shared_bytes: int) 
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """A compiled kernel's code, ptxas' account of it, and how it is launched."""
+
+    code: sass.MachineCode
+    resources: "Resources"
+    launch: "LaunchShape"
+
+
+# A process compiles the same kernel only once, so what was written then is kept, by digest.
+_listings: dict[str, Listing] = {}
+
+
 def read_kernels(
-    folder: Path, chip: Chip, launches: tuple[Launch, ...], calls: int = 1
+    files: Sequence[Path], chip: Chip, launches: tuple[Launch, ...], calls: Sequence[KernelCall]
 ) -> tuple[GpuKernel, ...]:
-    """Reports on every kernel that Mosaic GPU dumped into the folder, in order of compilation."""
-    files = sorted(folder.glob("*.sass_ctrl"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
-    return tuple(_read_kernel(path, chip, launches, calls) for path in files)
+    """Reports on a program's kernels from Mosaic GPU's dumps.
+
+    Raises:
+        FileNotFoundError: a kernel was compiled before in this process, with no dump.
+    """
+    unclaimed = sorted(
+        (path for path in files if path.suffix == ".sass_ctrl"),
+        key=lambda path: int(path.stem.rsplit("_", 1)[1]),
+    )
+    kernels: list[GpuKernel] = []
+    for call in calls:
+        if call.digest not in _listings:
+            matching = [path for path in unclaimed if path.stem.rsplit("_", 1)[0] == call.kernel]
+            if not matching:
+                raise FileNotFoundError(
+                    f"no machine code of the kernel {call.kernel!r} was written: this process "
+                    "compiled it before, outside pallas_kernels.targets; use a new process"
+                )
+            unclaimed.remove(matching[0])
+            _listings[call.digest] = _listing(matching[0])
+        kernels.append(_report(call, _listings[call.digest], chip, launches))
+    return tuple(kernels)
 
 
-def _read_kernel(path: Path, chip: Chip, launches: tuple[Launch, ...], calls: int) -> GpuKernel:
-    name = path.stem.rsplit("_", 1)[0]
+def _listing(path: Path) -> Listing:
+    return Listing(
+        code=sass.parse(path.read_text()),
+        resources=resources(path.with_suffix(".ptxas").read_text()),
+        launch=launch_shape(path.with_suffix(".mlir-passes.log").read_text()),
+    )
+
+
+def _report(
+    call: KernelCall, listing: Listing, chip: Chip, launches: tuple[Launch, ...]
+) -> GpuKernel:
+    name, code, used, shape = call.kernel, listing.code, listing.resources, listing.launch
     launch = launch_for(name, launches)
-    code = sass.parse(path.read_text())
-    used = resources(path.with_suffix(".ptxas").read_text())
-    shape = launch_shape(path.with_suffix(".mlir-passes.log").read_text())
     grid = launch.grid or shape.grid
     resident = ctas_per_sm(
         chip,
@@ -141,7 +182,7 @@ def _read_kernel(path: Path, chip: Chip, launches: tuple[Launch, ...], calls: in
     in_flight = launch.bytes_in_flight
     return GpuKernel(
         name=name,
-        calls=calls,
+        calls=call.calls,
         grid=grid,
         cluster=shape.cluster,
         threads_per_cta=shape.threads,

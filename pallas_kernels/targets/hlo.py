@@ -1,0 +1,208 @@
+"""What the text of a compiled XLA program says: cycles, trip counts, kernels, collectives."""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.<>-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.<>-]+) = (?P<rest>.*)$")
+_ESTIMATE = re.compile(r'"estimated_cycles":"?(\d+)')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
+_CALLED = re.compile(
+    r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.<>-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_ARRAY = re.compile(r"(?P<dtype>pred|[a-z]+\d+\w*)\[(?P<shape>[\d,]*)\]")
+
+_DIGEST = re.compile(r'kernel_hash = "((?:[^"\\]|\\.)*)"')
+_ORIGIN = re.compile(r'op_name="([^"]*)"')
+
+KERNELS = {"tpu": ("tpu_custom_call",), "gpu": ("mosaic_gpu_v2", "mosaic_gpu")}
+_COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+# What moves or computes nothing of its own.
+_FREE = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
+    "conditional", "after-all", "partition-id", "replica-id", "iota", "opt-barrier",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective operation of one device's program."""
+
+    name: str
+    kind: str
+    bytes: int  # of its largest array
+    calls: int
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCall:
+    """A Pallas kernel of a program.
+
+    Attributes:
+        name: of the instruction.
+        kernel: name that its author gave it, as the instruction's origin has it.
+        calls: how often the program calls it.
+        digest: GPU: of the kernel's code, as the program quotes it.
+    """
+
+    name: str
+    kernel: str
+    calls: int
+    digest: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a compiled program says of itself.
+
+    Attributes:
+        cycles: the compiler's estimates x known trip counts; kernels are not in it. None: the
+            compiler gives none (GPUs).
+        kernels: Pallas kernels, in the order of the text.
+        others: instructions that are neither kernels nor free, with how often each runs.
+        collectives: in the order of the text.
+        unknown_loops: loops whose trip count the compiler does not know; they count once.
+    """
+
+    cycles: int | None
+    kernels: tuple[KernelCall, ...]
+    others: dict[str, int]
+    collectives: tuple[Collective, ...]
+    unknown_loops: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    type: str
+    opcode: str
+    text: str
+
+
+def parse(text: str, platform: str) -> Program:
+    """Reads `compiled.as_text()`.
+
+    Raises:
+        ValueError: it has no entry computation.
+    """
+    computations, entry = _computations(text)
+    if entry is None:
+        raise ValueError("text: no ENTRY computation in it; give compiled.as_text()")
+    times, unknown = _multiplicities(computations, entry)
+    cycles, estimates = 0, 0
+    kernels: list[KernelCall] = []
+    others: Counter[str] = Counter()
+    collectives: list[Collective] = []
+    for computation, runs in times.items():
+        for instruction in computations[computation]:
+            estimate = _ESTIMATE.search(instruction.text)
+            if estimate:
+                estimates += 1
+                cycles += int(estimate[1]) * runs
+            target = _TARGET.search(instruction.text)
+            kind = instruction.opcode.removesuffix("-start")
+            if instruction.opcode == "custom-call" and target and target[1] in KERNELS[platform]:
+                kernels.append(_kernel_call(instruction, runs))
+            elif kind in _COLLECTIVES:
+                collectives.append(
+                    Collective(instruction.name, kind, _largest(instruction.type), runs)
+                )
+            elif kind not in _FREE and not instruction.opcode.endswith("-done"):
+                others[instruction.name] += runs
+    return Program(
+        cycles=cycles if estimates or platform == "tpu" else None,
+        kernels=tuple(kernels),
+        others=dict(others),
+        collectives=tuple(collectives),
+        unknown_loops=tuple(unknown),
+    )
+
+
+def _kernel_call(instruction: _Instruction, runs: int) -> KernelCall:
+    digest = _DIGEST.search(instruction.text)
+    origin = _ORIGIN.search(instruction.text)
+    # "jit(fn)/kernel's name/pallas_call"
+    path = origin[1].split("/") if origin else []
+    kernel = path[-2] if len(path) > 1 else re.sub(r"\.\d+$", "", instruction.name)
+    return KernelCall(instruction.name, kernel, runs, digest[1] if digest else "")
+
+
+def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
+    computations: dict[str, list[_Instruction]] = {}
+    entry = current = None
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            current = match["name"]
+            computations[current] = []
+            entry = current if match["entry"] else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            kind, rest = _split_type(match["rest"])
+            opcode = rest.split("(", 1)[0].strip()
+            computations[current].append(_Instruction(match["name"], kind, opcode, rest))
+    return computations, entry
+
+
+def _split_type(text: str) -> tuple[str, str]:
+    """Splits "(f32[2]{0}, s32[]) while(...)" and "f32[2]{0} add(...)" behind the type."""
+    if not text.startswith("("):
+        kind, _, rest = text.partition(" ")
+        return kind, rest
+    depth = 0
+    for index, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return text[: index + 1], text[index + 2 :]
+    return text, ""
+
+
+def _multiplicities(
+    computations: dict[str, list[_Instruction]], entry: str
+) -> tuple[Counter[str], list[str]]:
+    """How often each computation runs that is not part of one instruction."""
+    times: Counter[str] = Counter({entry: 1})
+    unknown: list[str] = []
+    pending = [(entry, 1)]
+    while pending:
+        computation, runs = pending.pop()
+        for instruction in computations[computation]:
+            trips = 1
+            if instruction.opcode == "while":
+                known = _TRIPS.search(instruction.text)
+                if known:
+                    trips = int(known[1])
+                else:
+                    unknown.append(instruction.name)
+            elif instruction.opcode not in ("call", "conditional", "async-start"):
+                continue
+            called = _CALLED.findall(instruction.text)
+            for branches in _BRANCHES.findall(instruction.text):
+                called += re.findall(r"%?([\w.<>-]+)", branches)
+            for target in called:
+                if target in computations:
+                    times[target] += runs * trips
+                    pending.append((target, runs * trips))
+    return times, unknown
+
+
+def _largest(kind: str) -> int:
+    """Bytes of the largest array of a type."""
+    sizes = [0]
+    for match in _ARRAY.finditer(kind):
+        bits = re.search(r"\d+", match["dtype"])
+        shape = [int(size) for size in match["shape"].split(",") if size]
+        sizes.append(math.prod(shape) * (8 if bits is None else int(bits[0])) // 8)
+    return max(sizes)
