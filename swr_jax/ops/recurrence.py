@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from swr_jax.ops import validation
-from swr_jax.ops.block_two_pass import block_two_pass
-from swr_jax.ops.state import RecurrenceState, initial_carriers, state_after
+from swr_jax.ops.dispatch import candidates
+from swr_jax.ops.evaluation import evaluate
+from swr_jax.ops.state import RecurrenceState
 
 Array = jax.Array
 
@@ -50,14 +51,18 @@ def sliding_window_recurrence(
         segment_ids: integers [B, T]; where they change from one token to the next the recurrence
             starts anew, exactly. The first token continues `initial_state` in any case.
         return_state: also return the state after the last token.
-        implementation: "xla", or None for the best one that the platform has. A named one is
-            never replaced by another.
+        implementation: "xla"; "mosaic_gpu", the kernels for Hopper GPUs (D a multiple of 8,
+            block_size 16 to 128, lookback 0, 1 or None); or None for the best one that the device
+            has and that covers the call. A named one is never replaced by another. The device is
+            that of the mesh in context (`jax.set_mesh`), else the default one.
 
     Returns:
         x [B, T, H, D] in u's dtype; with `return_state`, the pair (x, RecurrenceState).
 
     Raises:
-        ValueError: a rank, size, dtype or option that the above rules out.
+        ValueError: a rank, size, dtype or option that the above rules out, or an implementation
+            that the device lacks.
+        NotImplementedError: the named implementation does not cover the call; says why.
         TypeError: forward-mode differentiation (from JAX).
     """
     return _recurrence(
@@ -96,7 +101,7 @@ def linear_recurrence(
         initial_state: `RecurrenceState` with lookback None, or x_0 as an array [B, H, D].
         segment_ids: integers [B, T]; a change starts the recurrence anew.
         return_state: also return the state after the last token.
-        implementation: "xla" or None.
+        implementation: as by `sliding_window_recurrence`.
 
     Returns:
         x [B, T, H, D] in u's dtype; with `return_state`, the pair (x, RecurrenceState).
@@ -207,69 +212,31 @@ def _recurrence(
 ):
     validation.check_window(block_size, lookback)
     validation.check_inputs(a, v, gates, segment_ids)
-    validation.check_implementation(implementation)
+    if initial_state is not None:
+        shape = (v.shape[0], *v.shape[2:])
+        validation.check_initial_state(initial_state, shape, block_size, lookback)
     dtype = functools.reduce(
         jnp.promote_types, (x.dtype for x in (a, v, *(gates or ()))), jnp.dtype(jnp.float32)
-    )
-    batch, time, heads, features = v.shape
-    local, previous, position = initial_carriers(
-        initial_state, (batch, heads, features), block_size, lookback, dtype
     )
     if segment_ids is not None:
         a = reset_decays(a, segment_ids)
 
-    # The exact recurrence is one block as long as the sequence: log T levels solve it.
-    rows = time if lookback is None else block_size
-    blocks = -(-(time + (0 if position is None else rows - 1)) // rows)
-    groups = heads if gates is None else gates[0].shape[2]
-
-    def fold(x: Array, fill: float) -> Array:
-        """[B, T, heads (, D)] -> [B, blocks, rows, gate head, group, D]."""
-        x = _place(x, position, blocks * rows, fill)
-        return x.reshape(batch, blocks, rows, groups, x.shape[2] // groups, -1)
-
-    def unfold_state(x: Array | None) -> Array | None:
-        """[B, carriers, H, D] -> [B, carriers, 1, gate head, group, D]."""
-        return None if x is None else x.reshape(batch, -1, 1, groups, heads // groups, features)
-
-    out, block_decays, carriers = block_two_pass(
-        lookback if lookback is not None else 1,
-        dtype,
-        fold(a, 1.0),
-        fold(v, 0.0),
-        None if gates is None else tuple(fold(gate, 0.0) for gate in gates),
-        unfold_state(previous),
-        unfold_state(local),
-    )
-    out = _take(out.reshape(batch, blocks * rows, heads, features), position, time)
-    if not return_state:
-        return out
-    state = state_after(
-        time,
-        block_decays.reshape(batch, blocks, heads),
-        carriers.reshape(batch, blocks, heads, features),
-        initial_state,
-        block_size=block_size,
-        lookback=lookback,
-    )
-    return out, state
-
-
-def _place(x: Array, position: Array | None, length: int, fill: float) -> Array:
-    """Put x [B, T, ...] at `position` [B] of a `length`-token frame filled with `fill`."""
-    if position is None:
-        pad = [(0, length - x.shape[1] if axis == 1 else 0) for axis in range(x.ndim)]
-        return x if length == x.shape[1] else jnp.pad(x, pad, constant_values=fill)
-    index = jnp.arange(length) - position[:, None]
-    valid = (index >= 0) & (index < x.shape[1])
-    index = jnp.where(valid, index, 0).reshape(*index.shape, *[1] * (x.ndim - 2))
-    valid = valid.reshape(index.shape)
-    return jnp.where(valid, jnp.take_along_axis(x, index, axis=1), jnp.asarray(fill, x.dtype))
-
-
-def _take(x: Array, position: Array | None, time: int) -> Array:
-    """Undo `_place`: the `time` tokens of x [B, length, H, D] from `position` on."""
-    if position is None:
-        return x[:, :time]
-    index = position[:, None] + jnp.arange(time)
-    return jnp.take_along_axis(x, index[..., None, None], axis=1)
+    refusals = []
+    for name in candidates(implementation):
+        try:
+            out, state = evaluate(
+                name,
+                a,
+                v,
+                gates,
+                block_size=block_size,
+                lookback=lookback,
+                initial_state=initial_state,
+                return_state=return_state,
+                dtype=dtype,
+            )
+        except NotImplementedError as error:
+            refusals.append(f"{name}: {error}")
+            continue
+        return (out, state) if return_state else out
+    raise NotImplementedError("; ".join(refusals))

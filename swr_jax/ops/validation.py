@@ -5,9 +5,6 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-# Every implementation that exists, and the platforms that have it.
-IMPLEMENTATIONS = {"xla": ("cpu", "gpu", "cuda", "rocm", "tpu")}
-
 
 def check_window(block_size: int, lookback: int | None) -> None:
     """Raise ValueError unless block_size is a power of two and lookback None or at least 0."""
@@ -94,20 +91,6 @@ def check_initial_state(
         found = state.shape
     if found != shape:
         raise ValueError(f"initial_state is for [B, H, D] = {found}, the inputs have {shape}")
-
-
-def check_implementation(implementation: str | None) -> None:
-    """Raise ValueError unless the implementation exists on the default platform."""
-    if implementation is None:
-        return
-    platform = jax.default_backend()
-    here = sorted(name for name, platforms in IMPLEMENTATIONS.items() if platform in platforms)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"{implementation=}: unknown; must be None or one of {sorted(IMPLEMENTATIONS)}"
-        )
-    if implementation not in here:
-        raise ValueError(f"{implementation=}: not available on {platform}, which has {here}")
 
 
 def _is_int(x: object) -> bool:

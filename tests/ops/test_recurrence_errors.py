@@ -132,16 +132,12 @@ def test_an_initial_state_belongs_to_its_window_and_shape(state, window, message
 def test_an_implementation_is_one_that_exists(operator):
     with raises("implementation='cuda': unknown; must be None or one of ["):
         operator(A, U, implementation="cuda")
-    with raises("implementation='mosaic_gpu': "):
-        operator(A, U, implementation="mosaic_gpu")
     np.testing.assert_array_equal(operator(A, U, implementation="xla"), operator(A, U))
 
 
-def test_an_implementation_is_one_that_this_platform_has(monkeypatch):
+def test_an_implementation_is_one_that_this_device_has():
     """No name is replaced by another, silently or otherwise."""
-    table = "swr_jax.ops.validation.IMPLEMENTATIONS"
-    monkeypatch.setattr(table, {"xla": ("cpu",), "mosaic_gpu": ("gpu",)})
-    with raises("implementation='mosaic_gpu': not available on cpu, which has ['xla']"):
+    with raises("implementation='mosaic_gpu': not available on cpu (cpu), which has ['xla']"):
         sliding_window_recurrence(A, U, implementation="mosaic_gpu")
 
 

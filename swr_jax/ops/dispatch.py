@@ -1,0 +1,68 @@
+"""Which implementations the device at hand has, and which of them a call may use."""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from pallas_kernels.interpreter import simulated_platform
+
+_HOPPER = re.compile(r"\bG?H(100|200|800|20)\b|^simulated$")
+
+
+class Target(NamedTuple):
+    """The kind of device that a function is being traced for."""
+
+    platform: str  # "cpu", "gpu", "tpu", ...
+    kind: str  # as its maker calls it: "NVIDIA H100 80GB HBM3"
+
+
+def target() -> Target:
+    """Return what the present trace is for: the mesh in context, else the default device.
+
+    So a function that is compiled for devices that are not there, under `jax.set_mesh` with a mesh
+    of a `jax.experimental.topologies` description, gets the kernels of those devices. Where a
+    Pallas interpreter is forced, it is the chip that this simulates.
+    """
+    if platform := simulated_platform():
+        return Target(platform, "simulated")
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device
+    if device is None:
+        device = jax.devices()[0]
+    elif isinstance(device, str):
+        device = jax.devices(device)[0]
+    return Target(device.platform, device.device_kind)
+
+
+def _is_hopper(target: Target) -> bool:
+    return target.platform in ("gpu", "cuda") and _HOPPER.search(target.kind) is not None
+
+
+# Every implementation that exists, best first, and whether a target has it.
+IMPLEMENTATIONS: dict[str, Callable[[Target], bool]] = {
+    "mosaic_gpu": _is_hopper,
+    "xla": lambda _: True,
+}
+
+
+def candidates(implementation: str | None) -> tuple[str, ...]:
+    """Return the implementations that a call may try, in order: with a name given only that one.
+
+    Raises:
+        ValueError: it does not exist, or the target lacks it.
+    """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{implementation=}: unknown; must be None or one of {sorted(IMPLEMENTATIONS)}"
+        )
+    here = target()
+    names = tuple(name for name, has in IMPLEMENTATIONS.items() if has(here))
+    if implementation is None:
+        return names
+    if implementation not in names:
+        raise ValueError(
+            f"{implementation=}: not available on {here.kind} ({here.platform}), which has "
+            f"{list(names)}"
+        )
+    return (implementation,)
