@@ -2,8 +2,8 @@
 
 Layout: heads minor. v, b, c and x are [B, T, D, H], so that a token of 128 heads fills vector
 registers, heads in lanes and features in sublanes, and its decays [B, T, H] are one row that is
-spread over sublanes. The grid is (batch, heads / 128, feature groups, time); time runs in order, its
-carriers stay in VMEM, and the other axes are independent, so chips of two cores divide them.
+spread over sublanes. The grid is (batch, heads / 128, feature groups, time); time runs in order,
+its carriers stay in VMEM, and the other axes are independent, so chips of two cores divide them.
 
 The backward pass recomputes the states of a tile of tokens from the one that the forward pass saved
 at the tile's beginning: one or two float32 states per tile, 1.6 % of what the pass moves at most.
@@ -18,31 +18,26 @@ What costs extra, all of it outside the kernels, in XLA:
     float16                     is converted to float32 and back
 """
 
-import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.swr.mosaic_tpu_kernels import SUBLANES, Plan, backward_kernel, forward_kernel
-from pallas_kernels.swr.tuning_tpu import LANES, VMEM_BUDGET, TuningConfig
+from pallas_kernels.swr.mosaic_tpu_calls import (
+    Window,
+    backward_pass,
+    forward_pass,
+    group_features,
+)
+from pallas_kernels.swr.mosaic_tpu_kernels import SUBLANES
+from pallas_kernels.swr.tuning_tpu import LANES, TuningConfig
 
 Array = jax.Array
 Gates = tuple[Array, Array] | None
 
 _SUPPORTED = ("float32", "bfloat16", "float16")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Window:
-    """Arguments of the recurrence that are no arrays."""
-
-    block_size: int
-    lookback: int | None
-    config: TuningConfig
 
 
 def block_two_pass(
@@ -132,7 +127,7 @@ def block_two_pass_heads_minor(
         lookback = None
         local = local if previous is None else previous if local is None else local + previous
         previous = None
-    window = _Window(block_size, lookback, config)
+    window = Window(block_size, lookback, config)
 
     dtype = v.dtype
     if gates is not None:
@@ -166,9 +161,13 @@ def _check(a, v, gates, previous, block_size, lookback) -> None:
     if block_size < 1 or block_size & (block_size - 1):
         raise NotImplementedError(f"block_size={block_size}: must be a power of two")
     if 0 in v.shape:
-        raise NotImplementedError(f"v has shape {v.shape}: the TPU kernels need a size of 1 or more")
+        raise NotImplementedError(
+            f"v has shape {v.shape}: the TPU kernels need a size of 1 or more"
+        )
     if previous is not None and lookback != 1:
-        raise NotImplementedError(f"previous is given with lookback={lookback}: it needs lookback=1")
+        raise NotImplementedError(
+            f"previous is given with lookback={lookback}: it needs lookback=1"
+        )
 
 
 def _fold_batch(batch: int, heads: int) -> bool:
@@ -176,16 +175,10 @@ def _fold_batch(batch: int, heads: int) -> bool:
     return 4 * pl.cdiv(batch * heads, LANES) <= 3 * batch * pl.cdiv(heads, LANES)
 
 
-def _group(features: int, config: TuningConfig, multiple: int) -> tuple[int, int]:
-    """Number of feature groups and features in each, a multiple of `multiple`."""
-    groups = pl.cdiv(features, config.features)
-    return groups, pl.cdiv(pl.cdiv(features, groups), multiple) * multiple
-
-
 def _padded_features(v: Array, gates: Gates, config: TuningConfig) -> int:
     arrays = (v,) if gates is None else (v, *gates)
     multiple = 2 * SUBLANES if any(x.dtype == jnp.bfloat16 for x in arrays) else SUBLANES
-    return math.prod(_group(v.shape[2], config, multiple))
+    return math.prod(group_features(v.shape[2], config, multiple))
 
 
 def _wide_enough(x: Array) -> Array:
@@ -211,201 +204,22 @@ def _restore(x: Array, *, batch: int | None, features: int) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recurrence(window: _Window, a, v, gates, local, previous):
-    x, _, final = _forward_call(window, a, v, gates, local, previous, save=False)
+def _recurrence(window: Window, a, v, gates, local, previous):
+    x, _, final = forward_pass(window, a, v, gates, local, previous, save=False)
     return x, final
 
 
 def _recurrence_forward(window, a, v, gates, local, previous):
-    x, starts, final = _forward_call(window, a, v, gates, local, previous, save=True)
+    x, starts, final = forward_pass(window, a, v, gates, local, previous, save=True)
     return (x, final), (a, v, gates, local is None, previous is None, starts)
 
 
 def _recurrence_backward(window, residuals, cotangents):
     a, v, gates, no_local, no_previous, starts = residuals
-    da, dv, db, dc, dlocal, dprevious = _backward_call(
+    da, dv, db, dc, dlocal, dprevious = backward_pass(
         window, a, v, gates, starts, *cotangents, states=(not no_local, not no_previous)
     )
     return da, dv, None if gates is None else (db, dc), dlocal, dprevious
 
 
 _recurrence.defvjp(_recurrence_forward, _recurrence_backward)
-
-
-def _token_bytes(features: int, arrays) -> int:
-    """Bytes of one token in VMEM, over 128 heads, of arrays like these."""
-    return sum(features * LANES * x.dtype.itemsize for x in arrays)
-
-
-def _fit(tile: int, rows: int, token_bytes: int) -> int:
-    """The largest power of two up to `tile` whose tokens fit VMEM."""
-    while tile > max(16, rows) and tile * token_bytes > VMEM_BUDGET:
-        tile //= 2
-    return tile
-
-
-def _plans(window: _Window, a: Array, v: Array, gates: Gates) -> tuple[Plan, Plan]:
-    """The forward and the backward plan; the forward pass saves what the backward one starts at."""
-    config = window.config
-    groups, features = _group(v.shape[2], config, SUBLANES)
-    if groups * features != v.shape[2]:
-        raise AssertionError(f"{v.shape[2]} features do not divide into {groups} groups")
-    time = v.shape[1]
-    rows = min(config.rows, 16 * pl.cdiv(time, 16))
-    tile = min(config.tile, 16 * (1 << (pl.cdiv(time, 16) - 1).bit_length()))
-    states = 2 if window.lookback == 1 else 1
-    arrays = (v,) if gates is None else (v, *gates)
-    decays = LANES * (4 + 4 * a.dtype.itemsize)
-    # v, gates, their gradients and the cotangent, double buffered; then scratch.
-    backward = 2 * _token_bytes(features, (*arrays, *arrays, v)) + decays
-    backward += 4 * LANES * (states * features + SUBLANES)
-    forward = 2 * _token_bytes(features, (*arrays, v)) + decays
-    interval = _fit(tile, rows, backward)
-    plan = Plan(
-        time=time,
-        features=features,
-        block_size=window.block_size,
-        lookback=window.lookback,
-        gated=gates is not None,
-        tile=_fit(tile, rows, forward),
-        interval=interval,
-        rows=rows,
-    )
-    return plan, dataclasses.replace(plan, tile=interval)
-
-
-def _blocks(plan: Plan, reverse: bool):
-    """BlockSpecs: of [B, T, D, H], of decays [B, T, H], of states [B, D, H]."""
-
-    def at(t):
-        return plan.tiles - 1 - t if reverse else t
-
-    tokens = pl.BlockSpec(
-        (1, plan.tile, plan.features, LANES), lambda b, h, d, t: (b, at(t), d, h)
-    )
-    decays = pl.BlockSpec((1, plan.tile, LANES), lambda b, h, d, t: (b, at(t), h))
-    state = pl.BlockSpec((1, plan.features, LANES), lambda b, h, d, t: (b, d, h))
-    return tokens, decays, state
-
-
-def _call(name, kernel, plan, reverse, v, inputs, in_specs, outputs, out_specs, scratch, flops):
-    """Run a kernel over (batch, heads, features, time), leaving out arguments that are None."""
-    present_in = [x is not None for x in inputs]
-    present_out = [x is not None for x in outputs]
-
-    def keep(items, present):
-        return [item for item, here in zip(items, present, strict=True) if here]
-
-    def spread(refs, present):
-        refs = iter(refs)
-        return tuple(next(refs) if here else None for here in present)
-
-    def body(*refs):
-        split = sum(present_in)
-        end = split + sum(present_out)
-        kernel(
-            plan, spread(refs[:split], present_in), spread(refs[split:end], present_out), refs[end:]
-        )
-
-    batch, _, features, heads = v.shape
-    manual = jax.typeof(v).manual_axis_type
-    outputs_present = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=manual)
-        for x in keep(outputs, present_out)
-    ]
-    arrays = (*keep(inputs, present_in), *outputs_present)
-    results = pl.pallas_call(
-        body,
-        grid=(batch, pl.cdiv(heads, LANES), features // plan.features, plan.tiles),
-        in_specs=keep(in_specs, present_in),
-        out_specs=keep(out_specs, present_out),
-        out_shape=outputs_present,
-        scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=flops * v.size,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
-            transcendentals=0,
-        ),
-        name=name,
-    )(*keep(inputs, present_in))
-    return spread(results, present_out)
-
-
-def _forward_call(window, a, v, gates, local, previous, *, save: bool):
-    plan, backward_plan = _plans(window, a, v, gates)
-    batch, _, features, heads = v.shape
-    b, c = (None, None) if gates is None else gates
-    tokens, decays, state = _blocks(plan, reverse=False)
-    per_tile = plan.tile // plan.interval
-    starts = final = None
-    if save:
-        count = plan.tiles * per_tile
-        starts = jax.ShapeDtypeStruct((batch, count, plan.states, features, heads), jnp.float32)
-    if plan.lookback is None:
-        final = jax.ShapeDtypeStruct((batch, features, heads), jnp.float32)
-    starts_spec = pl.BlockSpec(
-        (1, per_tile, plan.states, plan.features, LANES), lambda b, h, d, t: (b, t, 0, d, h)
-    )
-    return _call(
-        "swr_forward" if gates is None else "swr_gated_forward",
-        forward_kernel,
-        plan,
-        False,
-        v,
-        (a, v, b, c, local, previous),
-        (decays, tokens, tokens, tokens, state, state),
-        (jax.ShapeDtypeStruct(v.shape, v.dtype), starts, final),
-        (tokens, starts_spec, state),
-        [
-            pltpu.VMEM((plan.tile, LANES), jnp.float32),
-            pltpu.VMEM((plan.states, plan.features, LANES), jnp.float32),
-        ],
-        flops=2 * plan.states + (0 if gates is None else 3),
-    )
-
-
-def _backward_call(window, a, v, gates, starts, dx, dfinal, *, states: tuple[bool, bool]):
-    _, plan = _plans(window, a, v, gates)
-    batch, time, features, heads = v.shape
-    b, c = (None, None) if gates is None else gates
-    tokens, decays, state = _blocks(plan, reverse=True)
-    groups = features // plan.features
-
-    def like(x):
-        return None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-    starts_spec = pl.BlockSpec(
-        (1, 1, plan.states, plan.features, LANES),
-        lambda b, h, d, t: (b, plan.tiles - 1 - t, 0, d, h),
-    )
-    da_spec = pl.BlockSpec(
-        (1, 1, plan.tile, LANES), lambda b, h, d, t: (d, b, plan.tiles - 1 - t, h)
-    )
-    da = jax.ShapeDtypeStruct(
-        (groups, batch, time, heads), a.dtype if groups == 1 else jnp.float32
-    )
-    initial = jax.ShapeDtypeStruct((batch, features, heads), jnp.float32)
-    dlocal, dprevious = (initial if there else None for there in states)
-    da, *others = _call(
-        "swr_backward" if gates is None else "swr_gated_backward",
-        backward_kernel,
-        plan,
-        True,
-        v,
-        (a, v, b, c, dx, starts, dfinal),
-        (decays, tokens, tokens, tokens, tokens, starts_spec, state),
-        (da, like(v), like(b), like(c), dlocal, dprevious),
-        (da_spec, tokens, tokens, tokens, state, state),
-        [
-            pltpu.VMEM((plan.tile, LANES), jnp.float32),
-            pltpu.VMEM((plan.states, plan.features, LANES), jnp.float32),
-            pltpu.VMEM((plan.states, plan.tile, plan.features, LANES), jnp.float32),
-            pltpu.VMEM((plan.tile * SUBLANES, LANES), jnp.float32),
-        ],
-        flops=6 * plan.states + (0 if gates is None else 6),
-    )
-    da = da[0] if groups == 1 else jnp.sum(da, axis=0).astype(a.dtype)
-    return da, *others

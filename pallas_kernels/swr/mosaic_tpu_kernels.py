@@ -26,6 +26,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -46,10 +47,8 @@ class Plan:
         features: features of one program, a multiple of 8.
         block_size: tokens per block, a power of two.
         lookback: 0, 1 or None.
-        gated: whether there are gates.
         tile: tokens per grid step.
-        interval: tokens between two states that the forward pass saves, a divisor of `tile`;
-            None where it saves none.
+        interval: tokens between two states that the forward pass saves: the backward pass's tile.
         rows: tokens unrolled in a loop's body, a divisor of `interval`.
     """
 
@@ -57,9 +56,8 @@ class Plan:
     features: int
     block_size: int
     lookback: int | None
-    gated: bool
     tile: int
-    interval: int | None
+    interval: int
     rows: int
 
     @property
@@ -106,6 +104,13 @@ def _chunks(plan: Plan, tile: jax.Array) -> tuple[int | jax.Array, int]:
     return jnp.minimum(per_tile, whole - tile * per_tile), ragged
 
 
+def _loop(count: int | jax.Array, body: Callable[[jax.Array, States], States], states: States):
+    """`lax.fori_loop` with an index of 32 bits, which TPUs have, also where 64 are enabled."""
+    if isinstance(count, int):
+        return lax.fori_loop(np.int32(0), np.int32(count), body, states)
+    return lax.fori_loop(np.int32(0), count, body, states)
+
+
 def _if_last(plan: Plan, tile: jax.Array, states: States, run: Callable) -> States:
     """Apply `run` to the states in the last tile of the sequence only."""
     if plan.tiles == 1:
@@ -124,7 +129,7 @@ def _float32(ref, i) -> jax.Array:
     return ref[0, i].astype(jnp.float32)
 
 
-def _advance(plan: Plan, decay, u: jax.Array, i, states: States) -> States:
+def _advance(decay, u: jax.Array, i, states: States) -> States:
     row_decay = decay[pl.ds(i, 1), :]
     e, *g = (row_decay * state for state in states)
     return (e + u, *g)
@@ -157,7 +162,7 @@ def forward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) ->
             i = base + row
             value = _float32(v, i)
             u = value if b is None else _float32(b, i) * value
-            states = _advance(plan, decay, u, i, states)
+            states = _advance(decay, u, i, states)
             out = functools.reduce(jnp.add, states)
             if c is not None:
                 out = out * _float32(c, i) + value
@@ -168,7 +173,7 @@ def forward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) ->
 
     states = tuple(kept[k] for k in range(plan.states))
     if starts is None:
-        states = lax.fori_loop(0, whole, functools.partial(chunk, plan.rows), states)
+        states = _loop(whole, functools.partial(chunk, plan.rows), states)
     else:
         per_interval = plan.interval // plan.rows
 
@@ -179,9 +184,9 @@ def forward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) ->
             count = per_interval
             if not isinstance(whole, int) or whole < plan.tile // plan.rows:
                 count = jnp.clip(whole - first, 0, per_interval)
-            return lax.fori_loop(0, count, lambda n, s: chunk(plan.rows, first + n, s), states)
+            return _loop(count, lambda n, s: chunk(plan.rows, first + n, s), states)
 
-        states = lax.fori_loop(0, plan.tile // plan.interval, interval, states)
+        states = _loop(plan.tile // plan.interval, interval, states)
     if ragged:
         states = _if_last(plan, tile, states, functools.partial(chunk, ragged, whole))
     for k, state in enumerate(states):
@@ -227,7 +232,7 @@ def backward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) -
             for k, state in enumerate(states):
                 before[k, i] = state
             u = _float32(v, i) if b is None else _float32(b, i) * _float32(v, i)
-            states = _advance(plan, decay, u, i, states)
+            states = _advance(decay, u, i, states)
             if c is not None:
                 # The gate's gradient needs the state behind the token: here it is.
                 dc[0, i] = (_float32(dy, i) * functools.reduce(jnp.add, states)).astype(dc.dtype)
@@ -263,7 +268,7 @@ def backward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) -
         return states
 
     states = tuple(starts[0, 0, k] for k in range(plan.states))
-    states = lax.fori_loop(0, whole, functools.partial(recompute, plan.rows), states)
+    states = _loop(whole, functools.partial(recompute, plan.rows), states)
     if ragged:
         _if_last(plan, tile, states, functools.partial(recompute, ragged, whole))
 
@@ -278,7 +283,7 @@ def backward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) -
 
     group = min(SUM_TOKENS, plan.tile)
 
-    @pl.loop(0, plan.tile // group)
+    @pl.loop(np.int32(0), np.int32(plan.tile // group))
     def _(n):
         # Sum over sublanes, eight tokens at once: the k-th sublane of each is one strided load.
         base = pl.multiple_of(n * group, group)

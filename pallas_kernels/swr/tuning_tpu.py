@@ -20,7 +20,8 @@ class TuningConfig:
     Attributes:
         tile: tokens of one grid step, a power of two of at least 16. It is halved until the
             kernel's buffers fit VMEM. The forward pass saves one state per tile for the backward.
-        rows: tokens that are unrolled in the body of a loop: 8, 16 or 32.
+        rows: tokens that are unrolled in the body of a loop: 8, 16 or 32; at most 16 are where an
+            array is float32.
         features: features (sublanes) that one program carries in registers, a multiple of 16; more
             of them are divided among programs, as evenly as whole registers allow.
     """
