@@ -133,9 +133,10 @@ def parse(text: str, platform: str) -> Program:
 def _kernel_call(instruction: _Instruction, runs: int) -> KernelCall:
     digest = _DIGEST.search(instruction.text)
     origin = _ORIGIN.search(instruction.text)
-    # "jit(fn)/kernel's name/pallas_call"
+    # "jit(fn)/transpose(jvp(kernel's name))/pallas_call"
     path = origin[1].split("/") if origin else []
     kernel = path[-2] if len(path) > 1 else re.sub(r"\.\d+$", "", instruction.name)
+    kernel = kernel.rsplit("(", 1)[-1].rstrip(")")
     return KernelCall(instruction.name, kernel, runs, digest[1] if digest else "")
 
 

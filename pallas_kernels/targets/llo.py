@@ -168,56 +168,72 @@ def _read_utilization(text: str) -> tuple[dict[str, int], list[list[int]]]:
 def _loops(
     schedule: Sequence[_Bundle],
 ) -> tuple[list[int | None], list[int | None], list[int]]:
-    """The innermost loop of every bundle; every loop's parent and address."""
-    owners: list[int | None] = []
+    """The innermost loop of every bundle; every loop's parent and address.
+
+    A body reaches to its last marked bundle: bundles in between may hold nothing but instructions
+    that were moved in from outside, and then have fewer marks.
+    """
+    owners: list[int | None] = [None] * len(schedule)
     parents: list[int | None] = []
     addresses: list[int] = []
-    stack: list[int] = []
-    for bundle in schedule:
-        if bundle.starts_loop or bundle.depth > len(stack):
-            del stack[bundle.depth - 1 :]
-            parents.append(stack[-1] if stack else None)
-            addresses.append(bundle.address)
-            stack.append(len(addresses) - 1)
-        else:
-            del stack[bundle.depth :]
-        owners.append(stack[-1] if stack else None)
+    for start, head in enumerate(schedule):
+        if not head.starts_loop:
+            continue
+        end = start
+        for position in range(start, len(schedule)):
+            bundle = schedule[position]
+            if position > start and bundle.starts_loop and bundle.depth <= head.depth:
+                break
+            if bundle.depth >= head.depth:
+                end = position
+        parents.append(owners[start])
+        addresses.append(head.address)
+        owners[start : end + 1] = [len(addresses) - 1] * (end + 1 - start)
     return owners, parents, addresses
 
 
 def _scalar_definitions(text: str) -> dict[str, str]:
-    """What scalar values are defined as, by the number that a value keeps through its copies."""
-    return {
-        match[1]: match[2]
-        for match in re.finditer(r"(%s\d+)_s\d+ = ((?:smov|sadd|sphi)\.?\w* [^;/\n]*)", text)
+    """What scalar values are defined as, by the number that a value keeps through its copies.
+
+    A value read from a spill slot is defined as what was stored there, if only one value was.
+    """
+    definitions = {
+        match[1]: match[2].strip()
+        for match in re.finditer(r"(%s\d+)(?:_s\d+)? = ((?:smov|sadd|sphi)\.?\w* [^;/\n}]*)", text)
     }
+    stored: dict[str, set[str]] = {}
+    for slot, value in re.findall(r"sst \[smem:\[(#\w+_spill)\]\] (%s\d+)", text):
+        stored.setdefault(slot, set()).add(value)
+    for name, slot in re.findall(r"(%s\d+)(?:_s\d+)? = sld \[smem:\[(#\w+_spill)\]\]", text):
+        values = stored.get(slot, set())
+        if len(values) == 1:
+            definitions[name] = definitions.get(next(iter(values)), "")
+    return definitions
 
 
 def _trip_count(body: str, definitions: dict[str, str]) -> int | None:
     """Turns of a loop that counts up by a constant from a constant to a constant; else None."""
 
-    def constant(text: str, depth: int = 4) -> int | None:
-        if re.fullmatch(r"-?\d+", text):
-            value = int(text)
-            return value - _WORD if value >= _WORD // 2 else value
-        definition = definitions.get(_value(text), "")
-        match = re.fullmatch(r"smov\.u32 (\S+)\s*", definition)
-        return constant(match[1], depth - 1) if match and depth else None
+    def defined(value: str) -> str:
+        return definitions.get(value.split("_")[0], "")
+
+    def constant(value: str) -> int | None:
+        if value.startswith("%"):
+            move = re.fullmatch(r"smov\.u32 (?:\(!?%\w+\), )?(-?\d+)", defined(value))
+            if move is None:
+                return None
+            value = move[1]
+        number = int(value)
+        return number - _WORD if number >= _WORD // 2 else number
 
     tests = list(_EXIT_TEST.finditer(body))
     if len(tests) != 1 or tests[0]["comparison"] != "ge":
         return None
-    bound = constant(tests[0]["bound"])
-    step = re.match(r"sadd\.s32 (-?\d+), (%\w+)", definitions.get(_value(tests[0]["counter"]), ""))
-    if bound is None or step is None:
+    step = re.match(r"sadd\.s32 (?:\(!?%\w+\), )?(-?\d+), (%\w+)", defined(tests[0]["counter"]))
+    merge = re.match(r"sphi (%\w+), %\w+", defined(step[2])) if step else None
+    if step is None or merge is None:
         return None
-    merge = re.match(r"sphi (%\w+), (%\w+)", definitions.get(_value(step[2]), ""))
-    start = constant(merge[1]) if merge else None
-    by = constant(step[1])
-    if start is None or by is None or by <= 0:
+    start, by, bound = constant(merge[1]), int(step[1]), constant(tests[0]["bound"])
+    if start is None or bound is None or by <= 0:
         return None
     return max(1, math.ceil((bound - start) / by))
-
-
-def _value(name: str) -> str:
-    return name.split("_")[0]

@@ -99,7 +99,7 @@ def read_kernels(
                 0 if allocations is None else llo.vmem_bytes(allocations.read_text()),
                 claimed,
                 chip,
-                launch_for(name, launches),
+                launch_for(call.kernel, launches),
             )
         )
     return tuple(kernels)
