@@ -61,7 +61,7 @@ def plans(window: Window, a: Array, v: Array, gates: Gates) -> tuple[Plan, Plan]
     decays = LANES * (4 + 4 * a.dtype.itemsize)
     # v, gates, their gradients and the cotangent, double buffered; then scratch.
     backward = 2 * _token_bytes(features, (*arrays, *arrays, v)) + decays
-    backward += 4 * LANES * (states * features + SUBLANES)
+    backward += 4 * LANES * states * features
     forward = 2 * _token_bytes(features, (*arrays, v)) + decays
     interval = _fit(tile, rows, backward)
     plan = Plan(
@@ -115,7 +115,7 @@ def _call(
         kernel(plan, spread(refs[:split], inputs), spread(refs[split:end], outputs), refs[end:])
 
     batch, _, features, heads = v.shape
-    results = pl.pallas_call(
+    call = pl.pallas_call(
         body,
         grid=(batch, pl.cdiv(heads, LANES), features // plan.features, plan.tiles),
         in_specs=in_specs,
@@ -131,8 +131,10 @@ def _call(
             transcendentals=0,
         ),
         name=name,
-    )(*arrays)
-    return spread(results, outputs)
+    )
+    # TPUs index with 32 bits, also where a program has 64 enabled.
+    with jax.enable_x64(False):
+        return spread(call(*arrays), outputs)
 
 
 def _struct(v: Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
@@ -245,7 +247,7 @@ def backward_pass(
             (plan.tile, LANES),
             (plan.states, plan.features, LANES),
             (plan.states, plan.tile, plan.features, LANES),
-            (plan.tile * SUBLANES, LANES),
+            (plan.rows * SUBLANES, LANES),
         ],
         operations=9 * plan.states - 2 + (0 if gates is None else 6),
     )

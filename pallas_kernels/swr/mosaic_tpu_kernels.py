@@ -26,15 +26,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
 SUBLANES = 8
 # The grid is (batch, heads, features, time).
 TIME_AXIS = 3
-# Tokens whose decay gradients are summed at once.
-SUM_TOKENS = 32
 States = tuple[jax.Array, ...]
 
 
@@ -104,13 +101,6 @@ def _chunks(plan: Plan, tile: jax.Array) -> tuple[int | jax.Array, int]:
     return jnp.minimum(per_tile, whole - tile * per_tile), ragged
 
 
-def _loop(count: int | jax.Array, body: Callable[[jax.Array, States], States], states: States):
-    """`lax.fori_loop` with an index of 32 bits, which TPUs have, also where 64 are enabled."""
-    if isinstance(count, int):
-        return lax.fori_loop(np.int32(0), np.int32(count), body, states)
-    return lax.fori_loop(np.int32(0), count, body, states)
-
-
 def _if_last(plan: Plan, tile: jax.Array, states: States, run: Callable) -> States:
     """Apply `run` to the states in the last tile of the sequence only."""
     if plan.tiles == 1:
@@ -173,7 +163,7 @@ def forward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) ->
 
     states = tuple(kept[k] for k in range(plan.states))
     if starts is None:
-        states = _loop(whole, functools.partial(chunk, plan.rows), states)
+        states = lax.fori_loop(0, whole, functools.partial(chunk, plan.rows), states)
     else:
         per_interval = plan.interval // plan.rows
 
@@ -184,9 +174,9 @@ def forward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) ->
             count = per_interval
             if not isinstance(whole, int) or whole < plan.tile // plan.rows:
                 count = jnp.clip(whole - first, 0, per_interval)
-            return _loop(count, lambda n, s: chunk(plan.rows, first + n, s), states)
+            return lax.fori_loop(0, count, lambda n, s: chunk(plan.rows, first + n, s), states)
 
-        states = _loop(plan.tile // plan.interval, interval, states)
+        states = lax.fori_loop(0, plan.tile // plan.interval, interval, states)
     if ragged:
         states = _if_last(plan, tile, states, functools.partial(chunk, ragged, whole))
     for k, state in enumerate(states):
@@ -208,7 +198,7 @@ def backward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) -
         outputs: refs of da, dv, db, dc, dlocal, dprevious.
         scratch: float32 refs for decays [tile, lanes], cotangents on their way to the left
             [states, features, lanes], states before each token [states, tile, features, lanes]
-            and the terms of da before they are summed over sublanes [8 tile, lanes].
+            and the terms of a chunk's da before they are summed over sublanes [8 rows, lanes].
     """
     a, v, b, c, dy, starts, dfinal = inputs
     da, dv, db, dc, dlocal, dprevious = outputs
@@ -255,9 +245,7 @@ def backward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) -
             if len(states) == 2:
                 products = products + mu * before[1, i]
             parts = (products[n : n + SUBLANES] for n in range(0, plan.features, SUBLANES))
-            terms[pl.ds(pl.multiple_of(i * SUBLANES, SUBLANES), SUBLANES), :] = functools.reduce(
-                jnp.add, parts
-            )
+            terms[pl.ds(row * SUBLANES, SUBLANES), :] = functools.reduce(jnp.add, parts)
             if b is None:
                 dv[0, i] = s.astype(dv.dtype)
             else:
@@ -265,10 +253,16 @@ def backward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) -
                 db[0, i] = (s * _float32(v, i)).astype(db.dtype)
             row_decay = decay[pl.ds(i, 1), :]
             states = (row_decay * mu, *(row_decay * q for q in states[1:]))
+        # Sum over sublanes, eight tokens at once: the k-th sublane of each is one strided load.
+        sums = []
+        for start in range(0, plan.rows * SUBLANES, SUBLANES * SUBLANES):
+            loads = (terms[pl.ds(start + k, SUBLANES, stride=SUBLANES), :] for k in range(SUBLANES))
+            sums.append(functools.reduce(jnp.add, loads))
+        da[0, 0, pl.ds(base, plan.rows), :] = jnp.concatenate(sums).astype(da.dtype)
         return states
 
     states = tuple(starts[0, 0, k] for k in range(plan.states))
-    states = _loop(whole, functools.partial(recompute, plan.rows), states)
+    states = lax.fori_loop(0, whole, functools.partial(recompute, plan.rows), states)
     if ragged:
         _if_last(plan, tile, states, functools.partial(recompute, ragged, whole))
 
@@ -280,19 +274,6 @@ def backward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) -
     )
     for k, state in enumerate(states):
         kept[k] = state
-
-    group = min(SUM_TOKENS, plan.tile)
-
-    @pl.loop(np.int32(0), np.int32(plan.tile // group))
-    def _(n):
-        # Sum over sublanes, eight tokens at once: the k-th sublane of each is one strided load.
-        base = pl.multiple_of(n * group, group)
-        sums = []
-        for first in range(0, group, SUBLANES):
-            start = (base + first) * SUBLANES
-            loads = (terms[pl.ds(start + k, SUBLANES, stride=SUBLANES), :] for k in range(SUBLANES))
-            sums.append(functools.reduce(jnp.add, loads))
-        da[0, 0, pl.ds(base, group), :] = jnp.concatenate(sums).astype(da.dtype)
 
     @pl.when(tile == 0)
     def _():
