@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.swr import mosaic_gpu_kernels as kernels
+from pallas_kernels.swr.distribution import distributed
 from pallas_kernels.swr.mosaic_gpu_kernels import Problem
 from pallas_kernels.swr.tuning import LONGEST_BLOCK, SUBBLOCK, TuningConfig, default_config
 
@@ -112,21 +113,43 @@ class _Options:
 def _solve(
     options: _Options, a: Array, v: Array, gates: Gates, local: Array | None, previous: Array | None
 ) -> tuple[Array, Array | None]:
-    x, _, final = _forward(options, a, v, gates, local, previous, save=False)
+    x, _, final = _run_forward(options, a, v, gates, local, previous, save=False)
     return x, final
 
 
 def _solve_forward(options, a, v, gates, local, previous):
-    x, states, final = _forward(options, a, v, gates, local, previous, save=True)
+    x, states, final = _run_forward(options, a, v, gates, local, previous, save=True)
     return (x, final), (a, v, gates, local, previous, states)
 
 
 def _solve_backward(options, residuals, cotangents):
     a, v, gates, local, previous, states = residuals
-    return _backward(options, a, v, gates, local, previous, states, *cotangents)
+    gradients = (
+        "bth",
+        "bthd",
+        None if gates is None else ("bthd", "bthd"),
+        None if local is None else "bhd",
+        None if previous is None else "bhd",
+    )
+    return distributed(
+        functools.partial(_backward, options),
+        (a, v, gates, local, previous, states, *cotangents),
+        ("bth", "bthd", "bthd", "bhd", "bhd", "bskhd", "bthd", "bhd"),
+        gradients,
+    )
 
 
 _solve.defvjp(_solve_forward, _solve_backward)
+
+
+def _run_forward(options, a, v, gates, local, previous, *, save):
+    results = ("bthd", "bskhd" if save else None, "bhd" if options.lookback is None else None)
+    return distributed(
+        functools.partial(_forward, options, save=save),
+        (a, v, gates, local, previous),
+        ("bth", "bthd", "bthd", "bhd", "bhd"),
+        results,
+    )
 
 
 class _Folding:
@@ -193,20 +216,20 @@ class _Folding:
         )
 
     def fold_states(self, x: Array | None) -> Array | None:
-        """States [..., H, D] or [..., rows, F] -> [..., rows of whole tiles, F]."""
+        """States [..., H, D] -> [..., rows of whole tiles, F]."""
         if x is None:
             return None
         before = x.shape[:-2]
         x = x.reshape(*before, self.rows, self.width)
         return _pad_end(x, (*before, self.problem.padded_heads, self.width), 0)
 
-    def unfold_state(self, x: Array) -> Array:
-        """[B, rows of whole tiles, F] -> [B, H, D]."""
-        return x[:, : self.rows].reshape(self.shape[0], *self.shape[2:])
+    def unfold_states(self, x: Array) -> Array:
+        """States [..., rows of whole tiles, F] -> [..., H, D]."""
+        return x[..., : self.rows, :].reshape(*x.shape[:-2], *self.shape[2:])
 
 
 def _forward(options, a, v, gates, local, previous, *, save):
-    """Return output, saved states [B, sub-blocks, 1 or 2, rows, F] or None, and final state."""
+    """Return output, saved states [B, sub-blocks, 1 or 2, H, D] or None, and final state."""
     folding = _Folding(options, a, v, gates, local is not None)
     p = folding.problem
     a, v = folding.fold_decays(a), folding.fold(v)
@@ -227,8 +250,8 @@ def _forward(options, a, v, gates, local, previous, *, save):
     x, states, final = kernels.forward(p, a, v, gates, entering, save=save)
     return (
         folding.unfold(x),
-        states[..., : folding.rows, :] if save else None,
-        None if final is None else folding.unfold_state(final),
+        folding.unfold_states(states) if save else None,
+        None if final is None else folding.unfold_states(final),
     )
 
 
@@ -257,8 +280,8 @@ def _backward(options, a, v, gates, local, previous, states, dx, dfinal):
         folding.unfold_decays(da, a_dtype),
         folding.unfold(dv),
         None if gates is None else tuple(map(folding.unfold, dgates)),
-        None if local is None else folding.unfold_state(dstates[:, 0]),
-        None if previous is None else folding.unfold_state(dstates[:, 1]),
+        None if local is None else folding.unfold_states(dstates[:, 0]),
+        None if previous is None else folding.unfold_states(dstates[:, 1]),
     )
 
 
