@@ -12,7 +12,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.swr.mosaic_tpu_kernels import SUBLANES, Plan, backward_kernel, forward_kernel
+from pallas_kernels.swr.mosaic_tpu_kernels import (
+    SUBLANES,
+    TERM_STRIDE,
+    Plan,
+    backward_kernel,
+    forward_kernel,
+)
 from pallas_kernels.swr.tuning_tpu import LANES, VMEM_BUDGET, TuningConfig
 
 Array = jax.Array
@@ -247,7 +253,7 @@ def backward_pass(
             (plan.tile, LANES),
             (plan.states, plan.features, LANES),
             (plan.states, plan.tile, plan.features, LANES),
-            (plan.rows * SUBLANES, LANES),
+            (plan.rows * TERM_STRIDE, LANES),
         ],
         operations=9 * plan.states - 2 + (0 if gates is None else 6),
     )

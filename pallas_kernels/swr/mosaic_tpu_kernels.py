@@ -30,6 +30,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 SUBLANES = 8
+# Rows from one token's terms to the next one's: odd, so that strided loads meet eight banks.
+TERM_STRIDE = 9
 # The grid is (batch, heads, features, time).
 TIME_AXIS = 3
 States = tuple[jax.Array, ...]
@@ -198,7 +200,7 @@ def backward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) -
         outputs: refs of da, dv, db, dc, dlocal, dprevious.
         scratch: float32 refs for decays [tile, lanes], cotangents on their way to the left
             [states, features, lanes], states before each token [states, tile, features, lanes]
-            and the terms of a chunk's da before they are summed over sublanes [8 rows, lanes].
+            and the terms of a chunk's da before they are summed over sublanes [9 rows, lanes].
     """
     a, v, b, c, dy, starts, dfinal = inputs
     da, dv, db, dc, dlocal, dprevious = outputs
@@ -245,7 +247,7 @@ def backward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) -
             if len(states) == 2:
                 products = products + mu * before[1, i]
             parts = (products[n : n + SUBLANES] for n in range(0, plan.features, SUBLANES))
-            terms[pl.ds(row * SUBLANES, SUBLANES), :] = functools.reduce(jnp.add, parts)
+            terms[pl.ds(row * TERM_STRIDE, SUBLANES), :] = functools.reduce(jnp.add, parts)
             if b is None:
                 dv[0, i] = s.astype(dv.dtype)
             else:
@@ -255,8 +257,10 @@ def backward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) -
             states = (row_decay * mu, *(row_decay * q for q in states[1:]))
         # Sum over sublanes, eight tokens at once: the k-th sublane of each is one strided load.
         sums = []
-        for start in range(0, plan.rows * SUBLANES, SUBLANES * SUBLANES):
-            loads = (terms[pl.ds(start + k, SUBLANES, stride=SUBLANES), :] for k in range(SUBLANES))
+        for start in range(0, plan.rows * TERM_STRIDE, SUBLANES * TERM_STRIDE):
+            loads = (
+                terms[pl.ds(start + k, SUBLANES, stride=TERM_STRIDE), :] for k in range(SUBLANES)
+            )
             sums.append(functools.reduce(jnp.add, loads))
         da[0, 0, pl.ds(base, plan.rows), :] = jnp.concatenate(sums).astype(da.dtype)
         return states
