@@ -74,10 +74,10 @@ def _block_bytes(grid: tuple[int, ...], block: Any) -> int | None:
     index_map = block.index_map_jaxpr
     if len(index_map.in_avals) != len(grid):
         return None  # the block depends on values that are known at run time only
-    steps = np.indices(grid).reshape(len(grid), -1)
+    steps = np.indices(grid or (1,)).reshape(max(1, len(grid)), -1)
     with jax.default_device(jax.devices("cpu")[0]):
-        indices = jax.vmap(jaxpr_as_fun(index_map))(*jnp.asarray(steps, jnp.int32))
-    indices = np.stack([np.broadcast_to(index, steps.shape[1:]) for index in indices], axis=1)
+        at = jax.vmap(lambda step: jaxpr_as_fun(index_map)(*step[: len(grid)]))
+        indices = np.stack(at(jnp.asarray(steps.T, jnp.int32)), axis=1)
     moved = np.concatenate([[True], np.any(indices[1:] != indices[:-1], axis=1)])
     indices = indices[moved]
 

@@ -25,6 +25,7 @@ class Chip:
         name: what the command line calls it.
         platform: "gpu" or "tpu".
         topology: smallest topology that the compiler accepts for it.
+        configuration: TPU: libtpu's name of how a chip's cores are used; "": its default.
         hbm_bytes_per_second: peak bandwidth of the device's memory.
         clock_hz: clock of the SMs or TensorCores.
         cores: SMs, or TensorCores that share the device.
@@ -45,6 +46,7 @@ class Chip:
     hbm_bytes_per_second: float
     clock_hz: float
     cores: int
+    configuration: str = ""
     vmem_bytes: int = 0
     vmem_limit_bytes: int = 0
     compute_capability: tuple[int, int] = (0, 0)
@@ -118,7 +120,7 @@ _GPUS = (
     ),
 )
 _TPUS = (
-    Chip("v4", "tpu", "v4:2x2x1", 1.2e12, 1.05e9, 2, vmem_bytes=16 * MIB),
+    Chip("v4", "tpu", "v4:2x2x1", 1.2e12, 1.05e9, 2, "megacore", 16 * MIB),
     Chip("v5e", "tpu", "v5e:2x2", 8.19e11, 1.5e9, 1, vmem_bytes=128 * MIB),
     Chip("v5p", "tpu", "v5p:2x2x1", 2.765e12, 1.75e9, 2, vmem_bytes=64 * MIB),
     Chip("v6e", "tpu", "v6e:2x2", 1.64e12, 1.75e9, 1, vmem_bytes=128 * MIB),

@@ -6,8 +6,9 @@ How the compilers are made to tell
     compiles a kernel only once in a process, so what was written then is kept; and one process
     can compile for one compute capability only: for another, `compile_for` raises RuntimeError.
     libtpu reads LIBTPU_INIT_ARGS once, when it is loaded. `compile_for` sets them before that, with
-    one folder for the whole process, and picks out what a compilation added. If something else
-    loaded libtpu first, without them, compiling for a TPU raises RuntimeError.
+    one folder for the whole process, and picks out what a compilation added. If libtpu was loaded
+    without them, `compile_for` raises RuntimeError. They make large programs compile ten times as
+    slowly, so a process that calls `compile_program` first loads libtpu without them.
     libtpu as a compiler touches no device, so the lock that keeps processes from sharing one is
     lifted (ALLOW_MULTIPLE_LIBTPU_LOAD).
 JAX's persistent compilation cache is not used: what comes from it leaves no dumps.
@@ -35,7 +36,7 @@ from pallas_kernels.targets.launch import Launch
 from pallas_kernels.targets.report import ProgramReport, TargetReport
 
 _GPU_DUMPS = ("PTX", "PTXAS", "SASS_CTRL")
-_TPU_PASSES = "final_bundles|utilization|pre-finalize"
+_TPU_CATEGORIES = "codegen,ra"  # of dumps: final schedules, and registers and allocations
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -46,6 +47,7 @@ _TPU_ENVIRONMENT = {
 
 
 _compute_capabilities: set[tuple[int, int]] = set()  # compiled for in this process
+_tpu_folder: Path | None = None  # that libtpu writes to in this process
 
 
 class MissingCompilerError(ImportError):
@@ -128,11 +130,15 @@ def compile_program(
 ) -> ProgramReport:
     """Compiles a whole XLA program for a chip and reports what its compiler estimates.
 
-    For baselines and sharded programs; arguments and errors are those of `compile_for`. To shard,
-    give shapes with shardings over a mesh of `devices(chip, topology)`.
+    For baselines and sharded programs; arguments are those of `compile_for`. To shard, give shapes
+    with shardings over a mesh of `devices(chip, topology, kernels=False)`.
+
+    Raises:
+        MissingCompilerError, RuntimeError, ValueError: as `devices`.
     """
     chip = chip_named(chip)
-    with _dumping(chip):
+    devices(chip, kernels=False)
+    with _dumping(chip) if _dumps_kernels(chip) else contextlib.nullcontext():
         compiled = _compile(chip, _trace(chip, fn, shapes))
     program = hlo.parse(compiled.as_text(), chip.platform)
     memory = compiled.memory_analysis()
@@ -154,20 +160,26 @@ def compile_program(
     )
 
 
-def devices(chip: str | Chip, topology: str | None = None) -> list[Any]:
+def devices(chip: str | Chip, topology: str | None = None, *, kernels: bool = True) -> list[Any]:
     """Devices of a chip to compile for, such as `devices("v5e", "4x4")`.
 
     Args:
         chip: a name in `CHIPS`, or a `Chip`.
         topology: TPUs: chips along each axis; None: the smallest topology.
+        kernels: TPUs: whether this process will call `compile_for`. Counts where libtpu is not
+            loaded yet; see the module.
 
     Raises:
-        MissingCompilerError, RuntimeError, ValueError: as `compile_for`.
+        MissingCompilerError: the optional dependency `targets` is not installed.
+        RuntimeError: this process has compiled for GPUs of another compute capability.
+        ValueError: no such chip.
     """
     chip = chip_named(chip)
-    if chip.platform == "tpu" and topology is not None:
-        return _topology(chip, f"{chip.name}:{topology}")
-    return _topology(chip, chip.topology)
+    if chip.platform == "gpu":
+        return _gpu_devices(chip)
+    _require("libtpu")
+    _load_libtpu(kernels)
+    return _tpu_devices(chip, chip.topology if topology is None else f"{chip.name}:{topology}")
 
 
 def _trace(chip: Chip, fn: Callable[..., Any], shapes: tuple[Any, ...]) -> Any:
@@ -203,26 +215,28 @@ def _sum(kernels: Sequence[Any], attribute: str) -> Any:
 
 
 @functools.cache
-def _topology(chip: Chip, topology: str) -> list[Any]:
-    if chip.platform == "gpu":
-        _require("jax_cuda13_plugin", "nvidia")
-        if _compute_capabilities - {chip.compute_capability}:
-            raise RuntimeError(
-                f"{chip.name} has compute capability {chip.compute_capability}, but this process "
-                f"has compiled for {_compute_capabilities}; Mosaic GPU keeps the first one, so use "
-                "a new process for each"
-            )
-        _compute_capabilities.add(chip.compute_capability)
-        described = topologies.get_topology_desc(
-            platform="cuda",
-            topology_name=chip.name,
-            topology=topology,
-            target_config=chip.target_config(),
+def _gpu_devices(chip: Chip) -> list[Any]:
+    _require("jax_cuda13_plugin", "nvidia")
+    if _compute_capabilities - {chip.compute_capability}:
+        raise RuntimeError(
+            f"{chip.name} has compute capability {chip.compute_capability}, but this process has "
+            f"compiled for {_compute_capabilities}; Mosaic GPU keeps the first one, so use a new "
+            "process for each"
         )
-    else:
-        _require("libtpu")
-        _tpu_dumps()
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    _compute_capabilities.add(chip.compute_capability)
+    described = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name=chip.name,
+        topology=chip.topology,
+        target_config=chip.target_config(),
+    )
+    return list(described.devices)
+
+
+@functools.cache
+def _tpu_devices(chip: Chip, topology: str) -> list[Any]:
+    options = {"chip_config_name": chip.configuration} if chip.configuration else {}
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     return list(described.devices)
 
 
@@ -239,7 +253,14 @@ def _require(*modules: str) -> None:
 def _dumping(chip: Chip) -> Iterator[Callable[[], list[Path]]]:
     """Makes compilers write their texts; yields a function that lists those written since."""
     if chip.platform == "tpu":
-        folder = _tpu_dumps()
+        folder = _tpu_folder
+        if folder is None:
+            raise RuntimeError(
+                "libtpu was loaded without the options that make it write schedules, which it "
+                "reads only once: in this process something started JAX's TPU backend or called "
+                "compile_program before compile_for; set JAX_PLATFORMS=cpu, call "
+                f"pallas_kernels.targets.devices({chip.name!r}) first, or use a new process"
+            )
         before = set(folder.iterdir())
 
         def added() -> list[Path]:
@@ -274,22 +295,23 @@ def _path_with_cuda() -> str:
     return os.pathsep.join([*tools, path])
 
 
-@functools.cache
-def _tpu_dumps() -> Path:
-    """The folder that libtpu writes to in this process."""
-    if "libtpu.so" in Path("/proc/self/maps").read_text():
-        raise RuntimeError(
-            "libtpu was loaded before pallas_kernels.targets could set LIBTPU_INIT_ARGS, which it "
-            "reads only once; call pallas_kernels.targets.devices('v5e') before anything that "
-            "starts JAX's TPU backend, and set JAX_PLATFORMS=cpu"
-        )
-    folder = Path(tempfile.mkdtemp(prefix="targets-tpu-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+def _dumps_kernels(chip: Chip) -> bool:
+    return chip.platform == "gpu" or _tpu_folder is not None
+
+
+def _load_libtpu(kernels: bool) -> None:
+    """Sets what libtpu reads when it is loaded, if it is not yet."""
+    global _tpu_folder
+    if _tpu_folder is not None or "libtpu.so" in Path("/proc/self/maps").read_text():
+        return
     for name, value in _TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if not kernels:
+        return
+    _tpu_folder = Path(tempfile.mkdtemp(prefix="targets-tpu-"))
+    atexit.register(shutil.rmtree, _tpu_folder, ignore_errors=True)
     options = (
-        f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=false "
-        f"--xla_jf_debug_level=2 --xla_jf_dump_llo_pass_label_regex=.*({_TPU_PASSES}).*"
+        f"--xla_jf_dump_to={_tpu_folder} --xla_jf_dump_llo_text=true --xla_jf_debug_level=2 "
+        f"--xla_jf_dump_category_filter={_TPU_CATEGORIES}"
     )
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {options}".strip()
-    return folder

@@ -183,10 +183,10 @@ def _multiplicities(
             trips = 1
             if instruction.opcode == "while":
                 known = _TRIPS.search(instruction.text)
-                if known:
-                    trips = int(known[1])
-                else:
+                count = int(known[1]) if known else _counted(computations, computation, instruction)
+                if count is None:
                     unknown.append(instruction.name)
+                trips = 1 if count is None else count
             elif instruction.opcode not in ("call", "conditional", "async-start"):
                 continue
             called = _CALLED.findall(instruction.text)
@@ -197,6 +197,55 @@ def _multiplicities(
                     times[target] += runs * trips
                     pending.append((target, runs * trips))
     return times, unknown
+
+
+def _counted(
+    computations: dict[str, list[_Instruction]], around: str, loop: _Instruction
+) -> int | None:
+    """Turns of a loop whose counter goes up from a constant by a constant to a constant."""
+    outside = {instruction.name: instruction for instruction in computations[around]}
+    parts = {
+        key: {instruction.name: instruction for instruction in computations[match[1]]}
+        for key in ("condition", "body")
+        if (match := re.search(rf"{key}=%?([\w.<>-]+)", loop.text)) and match[1] in computations
+    }
+    if len(parts) != 2:
+        return None
+    condition, body = parts["condition"], parts["body"]
+    test, result = list(condition.values())[-1], list(body.values())[-1]
+    start = outside.get(_operands(loop)[0])
+    if test.opcode != "compare" or "direction=LT" not in test.text or start is None:
+        return None
+    counter, limit = (condition.get(name) for name in _operands(test))
+    index = re.search(r"index=(\d+)", counter.text) if counter else None
+    if index is None or limit is None or start.opcode != "tuple" or result.opcode != "tuple":
+        return None
+    first = _constant(outside, _operands(start)[int(index[1])])
+    bound = _constant(condition, limit.name)
+    following = body.get(_operands(result)[int(index[1])])
+    if first is None or bound is None or following is None or following.opcode != "add":
+        return None
+    step = next(
+        (c for name in _operands(following) if (c := _constant(body, name)) is not None), None
+    )
+    return None if not step or step < 0 else max(0, -(-(bound - first) // step))
+
+
+def _operands(instruction: _Instruction) -> list[str]:
+    """Names of an instruction's operands."""
+    inside = instruction.text[len(instruction.opcode) + 1 :].split(")", 1)[0]
+    return re.findall(r"%([\w.<>-]+)", inside)
+
+
+def _constant(instructions: dict[str, _Instruction], name: str) -> int | None:
+    """The integer that a value is, through copies; None: it is none."""
+    instruction = instructions.get(name)
+    while instruction is not None and instruction.opcode in ("copy", "bitcast"):
+        instruction = instructions.get(_operands(instruction)[0])
+    if instruction is None or instruction.opcode != "constant":
+        return None
+    value = re.match(r"constant\((-?\d+)\)", instruction.text)
+    return int(value[1]) if value else None
 
 
 def _largest(kind: str) -> int:

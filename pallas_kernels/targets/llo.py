@@ -26,6 +26,7 @@ _ALLOCATION = re.compile(
     r"^\s*(?P<name>#allocation\w+) \[.*space=vmem, size = 0x(?P<size>[0-9a-f]+)"
 )
 _WORD = 1 << 32
+REGISTER_BYTES = 8 * 128 * 4  # one vector register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Schedule:
         used: slots filled outside all loops, by unit.
         capacity: slots of a bundle, by unit.
         spill_slots: vector stores to and loads from spill slots in the text.
+        spill_bytes: VMEM of the spill slots.
         scalar_spills: values that the scalar core keeps in its memory for want of registers.
     """
 
@@ -67,6 +69,7 @@ class Schedule:
     used: dict[str, int]
     capacity: dict[str, int]
     spill_slots: int
+    spill_bytes: int
     scalar_spills: int
 
 
@@ -121,12 +124,14 @@ def parse(bundles: str, utilization: str) -> Schedule:
         used=used(None),
         capacity=capacity,
         spill_slots=sum(row[column] for row in rows for column in columns),
+        spill_bytes=REGISTER_BYTES
+        * len(set(re.findall(r"\[vmem:\[(#allocation\w*_spill)\]", bundles))),
         scalar_spills=len(re.findall(r"sst \[smem:\[#allocation\w*_spill\]", bundles)),
     )
 
 
 def vmem_bytes(text: str) -> int:
-    """Bytes of VMEM that a kernel allocates, by a text that lists its allocations."""
+    """Bytes of VMEM for windows and scratch, by a text that lists a kernel's allocations."""
     sizes = {
         match["name"]: int(match["size"], 16)
         for line in text.splitlines()

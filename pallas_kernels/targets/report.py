@@ -92,8 +92,8 @@ class ProgramReport:
         name, chip, jax_version: as in `TargetReport`.
         cycles: estimated cycles x known trip counts, kernels not included; None on a GPU.
         cycles_seconds: cycles / clock.
-        bytes_accessed: by XLA's cost analysis (a loop's body counts by its trip count); it
-            counts what each fusion reads and writes.
+        bytes_accessed: by XLA's cost analysis: what each operation reads and writes, be it in HBM
+            or VMEM; a loop's body counts once. None on a GPU.
         memory_seconds: bytes_accessed / peak HBM bandwidth.
         argument_bytes, output_bytes, temporary_bytes: as XLA allocates them.
         kernels: Pallas kernels with their calls: no estimate exists for them.

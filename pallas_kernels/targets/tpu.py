@@ -143,7 +143,7 @@ def _report(
         utilization=utilization,
         spill_slots=schedule.spill_slots,
         scalar_spills=schedule.scalar_spills,
-        vmem_bytes=vmem_bytes,
+        vmem_bytes=vmem_bytes + schedule.spill_bytes,
         read_bytes=read,
         written_bytes=written,
         moved_bytes=total_bytes,
