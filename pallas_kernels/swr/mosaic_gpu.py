@@ -77,6 +77,13 @@ def block_two_pass(
     return _solve(options, a, v, gates, local, previous)
 
 
+def default_problem(
+    a: Array, v: Array, gates: Gates, *, block_size: int, lookback: int | None
+) -> Problem:
+    """Return what the kernels would be asked to do, for arrays (or shapes) without a state."""
+    return _Folding(_Options(block_size, lookback, None), a, v, gates, False).problem
+
+
 def _check_support(
     arrays: dict[str, Array], features: int, block_size: int, lookback: int | None
 ) -> None:
@@ -161,19 +168,8 @@ class _Folding:
         self.parts = features // self.width
         self.rows = heads * self.parts
         narrowest = THREADS // self.width
-        config = options.config
-        if config is None:
-            wide = self.width * sum(x.dtype.itemsize for x in (v, *(gates or ())))
-            config = default_config(
-                batch=batch,
-                time=time,
-                heads=self.rows,
-                narrowest=narrowest,
-                forward_bytes=wide + a.dtype.itemsize,
-                # With the output's cotangent, and two states for every 16 tokens.
-                backward_bytes=wide + self.width * (v.dtype.itemsize + 1) + 2 * a.dtype.itemsize,
-            )
-        elif config.heads < narrowest:
+        config = options.config or TuningConfig()
+        if config.heads < narrowest:
             raise ValueError(f"{config}: at D={features} a tile needs at least {narrowest} heads")
         self.problem = Problem(
             batch=batch,
@@ -185,6 +181,25 @@ class _Folding:
             gated=gates is not None,
             continued=continued,
             config=config,
+        )
+        if options.config is None:
+            config = self._default_config(narrowest, a, v, gates)
+            self.problem = dataclasses.replace(self.problem, config=config)
+
+    def _default_config(self, narrowest: int, a: Array, v: Array, gates: Gates) -> TuningConfig:
+        p = self.problem
+        row = self.width * v.dtype.itemsize
+        inputs = row + self.width * sum(x.dtype.itemsize for x in gates or ())
+        states = 4 * self.width * p.saved_states
+        return default_config(
+            batch=p.batch,
+            time=p.time,
+            heads=p.heads,
+            narrowest=narrowest,
+            halo=p.halo * SUBBLOCK,
+            forward_bytes=SUBBLOCK * (inputs + a.dtype.itemsize),
+            # The output's cotangent, the states, and two thirds of a stage for da.
+            backward_bytes=SUBBLOCK * (inputs + row + 2 * a.dtype.itemsize) + states,
         )
 
     def fold(self, x: Array) -> Array:

@@ -307,8 +307,7 @@ def forward(
                 def _():
                     saved = (window, own)[: p.saved_states]
                     for i, x in enumerate(saved):
-                        target = states_gmem.at[batch, index, i, heads]
-                        plgpu.store(target, x, optimized=False)
+                        states_gmem[batch, index, i, heads] = x
 
             for row in range(SUBBLOCK):
                 _, decay = tile.decay(a_smem.at[slot], row)
@@ -337,7 +336,7 @@ def forward(
 
             @pl.when(chunk == p.chunks - 1)
             def _():
-                plgpu.store(results[-1].at[batch, heads], window, optimized=False)
+                results[-1][batch, heads] = window
 
     scratch = [
         plgpu.Barrier(num_arrivals=1 + len(wide), num_barriers=slots),
@@ -508,7 +507,7 @@ def backward(
             @pl.when(chunk == 0)
             def _():
                 for i, x in enumerate(state if two else state[:1]):
-                    plgpu.store(results[-1].at[batch, i, heads], x, optimized=False)
+                    results[-1][batch, i, heads] = x
 
     scratch = [
         plgpu.Barrier(num_arrivals=2 + len(wide), num_barriers=slots),
@@ -581,8 +580,8 @@ def reduce(p: Problem, a: Array, factors: Sequence[Array], *, reverse: bool) -> 
         product, x = _walk(
             steps, slots, load, compute, lambda *_: None, barriers, (ones, tile.zeros())
         )
-        plgpu.store(products_gmem.at[batch, chunk, heads], product, optimized=False)
-        plgpu.store(states_gmem.at[batch, chunk, heads], x, optimized=False)
+        products_gmem[batch, chunk, heads] = product
+        states_gmem[batch, chunk, heads] = x
 
     outputs = [
         jax.ShapeDtypeStruct((p.batch, p.chunks, p.padded_heads), jnp.float32),

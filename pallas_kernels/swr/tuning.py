@@ -42,35 +42,39 @@ class TuningConfig:
 
 
 def default_config(
-    *, batch: int, time: int, heads: int, narrowest: int, forward_bytes: int, backward_bytes: int
+    *,
+    batch: int,
+    time: int,
+    heads: int,
+    narrowest: int,
+    halo: int,
+    forward_bytes: int,
+    backward_bytes: int,
 ) -> TuningConfig:
     """Return the default for a problem on an H100 or H200.
 
-    Tiles are as wide as the problem and shared memory allow, chunks as long as they can be with two
-    thread blocks for every multiprocessor (long chunks recompute fewer halos).
+    Tiles are as wide as the problem and shared memory allow. Chunks are as long as they can be
+    (long ones recompute fewer halos) while thread blocks come out even over the multiprocessors.
 
     Args:
         batch, time, heads: B, T, H, H in heads of 16 or 8 features.
         narrowest: fewest heads that a thread block can own.
-        forward_bytes, backward_bytes: bytes of one head and token in a stage of either pass.
+        halo: tokens beyond a chunk that it needs.
+        forward_bytes, backward_bytes: bytes of a stage of either pass, for each head.
     """
-
-    def stage(tile: int, per_head: int) -> int:
-        return tile * per_head * SUBBLOCK
-
     tile = 32
-    while tile > narrowest and (
-        tile >= 2 * heads or 3 * stage(tile, backward_bytes) > SHARED_MEMORY
-    ):
+    while tile > narrowest and (tile >= 2 * heads or 3 * tile * backward_bytes > SHARED_MEMORY):
         tile //= 2
-    chunk = 1024
-    tiles = batch * -(-heads // tile)
-    while chunk > LONGEST_BLOCK and tiles * -(-time // chunk) < 2 * MULTIPROCESSORS:
-        chunk //= 2
+
+    def cost(chunk: int) -> float:
+        """Turns of all multiprocessors, and what the halo adds to them."""
+        blocks = batch * -(-heads // tile) * -(-time // chunk)
+        return -(-blocks // MULTIPROCESSORS) * (chunk + halo / 2)
 
     def slots(per_head: int) -> int:
         """Two thread blocks to a multiprocessor if each can have three stages, else one."""
-        fitting = SHARED_MEMORY // 2 // stage(tile, per_head)
-        return min(fitting if fitting >= 3 else SHARED_MEMORY // stage(tile, per_head), 4)
+        fitting = SHARED_MEMORY // 2 // (tile * per_head)
+        return min(fitting if fitting >= 3 else SHARED_MEMORY // (tile * per_head), 4)
 
+    chunk = min((1024, 512, 256, 128), key=cost)
     return TuningConfig(tile, chunk, slots(forward_bytes), slots(backward_bytes))

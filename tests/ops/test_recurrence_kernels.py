@@ -1,13 +1,10 @@
 """The public operators and the layer through the Hopper kernels, simulated on the CPU."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from recurrence_cases import (
     as_state,
     assert_close,
@@ -17,6 +14,7 @@ from recurrence_cases import (
     draw_state,
     rounded,
 )
+from simulation import simulated_gpu
 
 from swr_jax import gated_sliding_window_recurrence, nn, sliding_window_recurrence
 from swr_jax.ops import dispatch
@@ -24,13 +22,6 @@ from swr_jax.ops import reference as ref
 
 FLOAT32 = 1e-6
 HEADS, FEATURES = 3, 8
-
-
-@contextlib.contextmanager
-def gpu():
-    parameters = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
-    with plgpu.force_gpu_interpret_mode(parameters):
-        yield
 
 
 @pytest.fixture
@@ -84,7 +75,7 @@ def test_states_in_and_out_with_their_gradients(length, lookback, gated, kernels
         )
         return x, state, pull(x_bar)[0]
 
-    with gpu():
+    with simulated_gpu():
         x, state, gradients = evaluate(arguments, as_state(initial, 16, lookback), x_bar)
     assert kernels_used == ["mosaic_gpu"]
 
@@ -111,7 +102,7 @@ def test_prefill_by_kernels_and_steps_by_xla_continue_each_other():
     a, u = a.astype(np.float32), u.astype(np.float32)
     expected = ref.sliding_window_recurrence(a, u, block_size=16)
     for cut in (15, 16, 48):
-        with gpu():
+        with simulated_gpu():
             first, state = sliding_window_recurrence(a[:, :cut], u[:, :cut], return_state=True)
             second = sliding_window_recurrence(a[:, cut:], u[:, cut:], initial_state=state)
         assert_rows_close(jnp.concatenate([first, second], axis=1), expected, FLOAT32)
@@ -127,7 +118,7 @@ def test_the_layer_trains_through_the_kernels(kernels_used):
         return jnp.mean(jnp.square(nnx.merge(graph, parameters)(x)))
 
     wanted_loss, wanted = jax.jit(jax.value_and_grad(loss))(parameters)
-    with gpu():
+    with simulated_gpu():
         got_loss, got = jax.jit(jax.value_and_grad(loss))(parameters)
     assert kernels_used == ["xla", "xla", "mosaic_gpu", "mosaic_gpu"]
     assert_close(got_loss, wanted_loss, FLOAT32)
@@ -147,7 +138,7 @@ def test_what_the_kernels_do_not_cover_goes_to_xla_unless_they_were_named(
     options, features, reason, kernels_used
 ):
     a, u = (jnp.asarray(x, jnp.float32) for x in draw(20, heads=HEADS, features=features))
-    with gpu():
+    with simulated_gpu():
         x = sliding_window_recurrence(a, u, **options)
         with pytest.raises(NotImplementedError, match=reason):
             sliding_window_recurrence(a, u, implementation="mosaic_gpu", **options)
