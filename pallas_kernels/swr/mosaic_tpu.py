@@ -20,11 +20,13 @@ What costs extra, all of it outside the kernels, in XLA:
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.swr.distribution import distributed
 from pallas_kernels.swr.mosaic_tpu_calls import (
     Window,
     backward_pass,
@@ -119,7 +121,7 @@ def block_two_pass_heads_minor(
     Source: arXiv 2512.13921, the block two-pass algorithm.
     """
     _check(a, v, gates, previous, block_size, lookback)
-    batch, time, features, heads = v.shape
+    time, heads = v.shape[1], v.shape[3]
     config = TuningConfig() if config is None else config
     exact = lookback is None
     if not exact and block_size >= time:
@@ -127,24 +129,15 @@ def block_two_pass_heads_minor(
         lookback = None
         local = local if previous is None else previous if local is None else local + previous
         previous = None
-    window = Window(block_size, lookback, config)
-
-    dtype = v.dtype
     if gates is not None:
         gates = tuple(jnp.repeat(gate, heads // gate.shape[3], axis=3) for gate in gates)
-    fold = _fold_batch(batch, heads)
-    prepare = functools.partial(_prepare, fold=fold, features=_padded_features(v, gates, config))
-    x, final = _recurrence(
-        window,
-        _wide_enough(a.transpose(1, 0, 2).reshape(1, time, -1) if fold else a),
-        prepare(v),
-        None if gates is None else tuple(prepare(gate) for gate in gates),
-        None if local is None else prepare(local[:, None].astype(jnp.float32))[:, 0],
-        None if previous is None else prepare(previous[:, None].astype(jnp.float32))[:, 0],
-    )
-    restore = functools.partial(_restore, batch=batch if fold else None, features=features)
-    final = restore(final[:, None])[:, 0] if exact else None
-    return restore(x).astype(dtype), final
+    window = Window(block_size, lookback, config)
+    x, final = _solve(window, a, v, gates, _float32(local), _float32(previous))
+    return x, final if exact else None
+
+
+def _float32(x: Array | None) -> Array | None:
+    return None if x is None else x.astype(jnp.float32)
 
 
 def _check(a, v, gates, previous, block_size, lookback) -> None:
@@ -170,56 +163,128 @@ def _check(a, v, gates, previous, block_size, lookback) -> None:
         )
 
 
-def _fold_batch(batch: int, heads: int) -> bool:
-    """Whether folding the batch into the lanes saves a quarter of them or more."""
-    return 4 * pl.cdiv(batch * heads, LANES) <= 3 * batch * pl.cdiv(heads, LANES)
-
-
-def _padded_features(v: Array, gates: Gates, config: TuningConfig) -> int:
-    arrays = (v,) if gates is None else (v, *gates)
-    multiple = 2 * SUBLANES if any(x.dtype == jnp.bfloat16 for x in arrays) else SUBLANES
-    return math.prod(group_features(v.shape[2], config, multiple))
-
-
-def _wide_enough(x: Array) -> Array:
-    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
-
-
-def _prepare(x: Array, *, fold: bool, features: int) -> Array:
-    """[B, T, D, H] as the kernels take it: folded into [1, T, D, B H], features padded."""
-    x = _wide_enough(x)
-    if fold:
-        x = x.transpose(1, 2, 0, 3).reshape(1, x.shape[1], x.shape[2], -1)
-    if features != x.shape[2]:
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, features - x.shape[2]), (0, 0)))
-    return x
-
-
-def _restore(x: Array, *, batch: int | None, features: int) -> Array:
-    """Undo `_prepare`; `batch` is None where nothing was folded."""
-    x = x[:, :, :features]
-    if batch is not None:
-        x = x.reshape(x.shape[1], features, batch, -1).transpose(2, 0, 1, 3)
-    return x
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recurrence(window: Window, a, v, gates, local, previous):
-    x, _, final = forward_pass(window, a, v, gates, local, previous, save=False)
+def _solve(window: Window, a, v, gates, local, previous):
+    x, _, final = _run_forward(window, a, v, gates, local, previous, save=False)
     return x, final
 
 
-def _recurrence_forward(window, a, v, gates, local, previous):
-    x, starts, final = forward_pass(window, a, v, gates, local, previous, save=True)
-    return (x, final), (a, v, gates, local is None, previous is None, starts)
+def _solve_forward(window, a, v, gates, local, previous):
+    x, starts, final = _run_forward(window, a, v, gates, local, previous, save=True)
+    return (x, final), (a, v, gates, local, previous, starts)
 
 
-def _recurrence_backward(window, residuals, cotangents):
-    a, v, gates, no_local, no_previous, starts = residuals
-    da, dv, db, dc, dlocal, dprevious = backward_pass(
-        window, a, v, gates, starts, *cotangents, states=(not no_local, not no_previous)
+def _solve_backward(window, residuals, cotangents):
+    a, v, gates, local, previous, starts = residuals
+    gradients = (
+        "bth",
+        "btdh",
+        None if gates is None else ("btdh", "btdh"),
+        None if local is None else "bdh",
+        None if previous is None else "bdh",
     )
-    return da, dv, None if gates is None else (db, dc), dlocal, dprevious
+    return distributed(
+        functools.partial(_backward, window),
+        (a, v, gates, local, previous, starts, *cotangents),
+        ("bth", "btdh", "btdh", "bdh", "bdh", "bskdh", "btdh", "bdh"),
+        gradients,
+    )
 
 
-_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
+_solve.defvjp(_solve_forward, _solve_backward)
+
+
+def _run_forward(window, a, v, gates, local, previous, *, save):
+    return distributed(
+        functools.partial(_forward, window, save=save),
+        (a, v, gates, local, previous),
+        ("bth", "btdh", "btdh", "bdh", "bdh"),
+        ("btdh", "bskdh" if save else None, "bdh" if window.lookback is None else None),
+    )
+
+
+def _forward(window, a, v, gates, local, previous, *, save):
+    """What `forward_pass` returns, for arrays of any shape."""
+    folding = _Folding.of(window, v, gates)
+    x, starts, final = forward_pass(
+        window,
+        folding.fold_decays(a),
+        folding.fold(v),
+        None if gates is None else tuple(map(folding.fold, gates)),
+        folding.fold(local),
+        folding.fold(previous),
+        save=save,
+    )
+    return folding.unfold(x).astype(v.dtype), folding.unfold(starts), folding.unfold(final)
+
+
+def _backward(window, a, v, gates, local, previous, starts, dx, dfinal):
+    """The gradients of a, v, gates, local, previous, for arrays of any shape."""
+    folding = _Folding.of(window, v, gates)
+    da, *others = backward_pass(
+        window,
+        folding.fold_decays(a),
+        folding.fold(v),
+        None if gates is None else tuple(map(folding.fold, gates)),
+        folding.fold(starts),
+        folding.fold(dx),
+        folding.fold(dfinal),
+        states=(local is not None, previous is not None),
+    )
+    dv, db, dc, dlocal, dprevious = map(folding.unfold, others)
+    dgates = None
+    if gates is not None:
+        dgates = tuple(x.astype(gate.dtype) for x, gate in zip((db, dc), gates, strict=True))
+    da = folding.unfold_decays(da).astype(a.dtype)
+    return da, dv.astype(v.dtype), dgates, dlocal, dprevious
+
+
+class _Folding(NamedTuple):
+    """The way between arrays of any shape and those that the kernels take, None being left alone.
+
+    Attributes:
+        batch: rows that are folded into the lanes; 0 for none.
+        features: features of the caller.
+        padded: features of the kernels.
+    """
+
+    batch: int
+    features: int
+    padded: int
+
+    @classmethod
+    def of(cls, window: Window, v: Array, gates: Gates) -> "_Folding":
+        batch, _, features, heads = v.shape
+        lanes, folded = batch * pl.cdiv(heads, LANES), pl.cdiv(batch * heads, LANES)
+        arrays = (v,) if gates is None else (v, *gates)
+        multiple = 2 * SUBLANES if any(x.dtype == jnp.bfloat16 for x in arrays) else SUBLANES
+        padded = math.prod(group_features(features, window.config, multiple))
+        return cls(batch if 4 * folded <= 3 * lanes else 0, features, padded)
+
+    def fold_decays(self, x: Array) -> Array:
+        """[B, T, H] -> [1, T, B H], where the batch is folded."""
+        if x.dtype == jnp.float16:
+            x = x.astype(jnp.float32)
+        if self.batch:
+            x = jnp.moveaxis(x, 0, -2)
+            x = x.reshape(1, *x.shape[:-2], -1)
+        return x
+
+    def fold(self, x: Array | None) -> Array | None:
+        """[B, ..., D, H] -> [1, ..., padded features, B H]."""
+        if x is None:
+            return None
+        if self.padded != self.features:
+            sizes = [(0, 0)] * (x.ndim - 2) + [(0, self.padded - self.features), (0, 0)]
+            x = jnp.pad(x, sizes)
+        return self.fold_decays(x)
+
+    def unfold_decays(self, x: Array) -> Array:
+        """Undo `fold_decays`, but for the dtype."""
+        if self.batch:
+            x = jnp.moveaxis(x[0].reshape(*x.shape[1:-1], self.batch, -1), -2, 0)
+        return x
+
+    def unfold(self, x: Array | None) -> Array | None:
+        """Undo `fold`, but for the dtype."""
+        return None if x is None else self.unfold_decays(x)[..., : self.features, :]
