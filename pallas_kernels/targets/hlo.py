@@ -29,6 +29,7 @@ _COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+_SCALAR_BYTES = 8  # counters of loops and the like are not listed
 # What moves or computes nothing of its own.
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
@@ -71,7 +72,7 @@ class Program:
         cycles: the compiler's estimates x known trip counts; kernels are not in it. None: the
             compiler gives none (GPUs).
         kernels: Pallas kernels, in the order of the text.
-        others: instructions that are neither kernels nor free, with how often each runs.
+        others: instructions on arrays that are neither kernels nor free, with how often each runs.
         collectives: in the order of the text.
         unknown_loops: loops whose trip count the compiler does not know; they count once.
     """
@@ -119,7 +120,11 @@ def parse(text: str, platform: str) -> Program:
                 collectives.append(
                     Collective(instruction.name, kind, _largest(instruction.type), runs)
                 )
-            elif kind not in _FREE and not instruction.opcode.endswith("-done"):
+            elif (
+                kind not in _FREE
+                and not instruction.opcode.endswith("-done")
+                and _largest(instruction.type) > _SCALAR_BYTES
+            ):
                 others[instruction.name] += runs
     return Program(
         cycles=cycles if estimates or platform == "tpu" else None,
