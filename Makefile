@@ -1,6 +1,7 @@
 # make train     train the small Phalanx hybrid on text that is already here, and show what it says
 # make test      the quick test suite;  make test-all  with the slow tests too
-# make test-oldest   the tests of what calls JAX most, with the oldest JAX that is supported
+# make test-targets  kernels compiled for Hopper and TPU chips that are not here
+# make test-oldest   what calls JAX most, and the same compilations, with the oldest JAX supported
 # make lint      style
 #
 # Each target makes its own virtual environment first. It needs a Python of at least 3.12: on PATH,
@@ -12,8 +13,12 @@ WORKDIR ?= runs/phalanx_tiny
 ARGS ?=
 TESTS ?=
 PYTEST_ARGS ?=
-# More for pip to install, such as another version of a dependency: "jax==0.11.2".
+# What pip installs for tests: extras of this package, and more, such as other versions.
+EXTRAS ?= test
 PACKAGES ?=
+# Which of the tests run.
+SELECTION ?= not slow and not targets
+OLDEST := 0.11.2
 
 VENV_PYTHON := $(VENV)/bin/python
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 12))
@@ -22,21 +27,28 @@ CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.12 python3.13 python3.14 python3 
 	$(wildcard $(HOME)/.local/share/uv/python/*/bin/python3) \
 	$(wildcard /opt/python*/bin/python3 /usr/local/bin/python3.1? /opt/homebrew/bin/python3.1?))
 
-.PHONY: train test test-all test-oldest lint format clean
+.PHONY: train test test-all test-targets test-oldest lint format clean
 
 train: $(VENV)/.train
 	$(VENV_PYTHON) experiments/pretrain.py --config=experiments/configs/phalanx_tiny.py \
 		--workdir=$(WORKDIR) $(ARGS)
 
 test: $(VENV)/.test
-	$(VENV_PYTHON) -m pytest -n 2 --dist loadfile -m "not slow" $(PYTEST_ARGS) $(TESTS)
+	$(VENV_PYTHON) -m pytest -n 2 --dist loadfile -m "$(SELECTION)" $(PYTEST_ARGS) $(TESTS)
 
-test-all: $(VENV)/.test
-	$(VENV_PYTHON) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS) $(TESTS)
+test-all:
+	$(MAKE) test SELECTION="not targets"
+
+# The compilers of other chips stay out of .venv: with them, plain `import jax` looks for a TPU.
+test-targets:
+	$(MAKE) test VENV=.venv-targets EXTRAS=test,targets SELECTION="targets and not slow" \
+		TESTS=tests/pallas_kernels
 
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest PACKAGES="jax==0.11.2 jaxlib==0.11.2" \
-		TESTS="tests/ops tests/nn tests/train/test_step.py tests/train/test_checkpoint.py"
+	$(MAKE) test VENV=.venv-oldest EXTRAS=test,targets SELECTION="not slow" \
+		PACKAGES="$(addsuffix ==$(OLDEST),jax jaxlib jax-cuda13-plugin jax-cuda13-pjrt)" \
+		TESTS="tests/pallas_kernels tests/ops tests/nn tests/train/test_step.py \
+		tests/train/test_checkpoint.py"
 
 lint: $(VENV)/.test
 	$(VENV_PYTHON) -m ruff check .
@@ -62,8 +74,8 @@ $(VENV)/.train: pyproject.toml | $(VENV_PYTHON)
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV_PYTHON)
-	$(VENV_PYTHON) -m pip install --quiet -e ".[test]" $(PACKAGES)
+	$(VENV_PYTHON) -m pip install --quiet -e ".[$(EXTRAS)]" $(PACKAGES)
 	@touch $@ $(VENV)/.train
 
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info
+	rm -rf .venv .venv-targets .venv-oldest build *.egg-info

@@ -60,7 +60,6 @@ def _entry(gated: bool, lookback: int | None, block_size: int, backward: bool) -
         bytes_minimum=minimum,
         bytes_moved=moved,
         launches=launches,
-        chips=("h100", "h200"),
         budget=budget,
     )
 

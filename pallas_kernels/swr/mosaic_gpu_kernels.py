@@ -165,6 +165,14 @@ def _decay_smem(slots: int, p: Problem, dtype: jnp.dtype) -> plgpu.SMEM:
     return plgpu.SMEM((slots, SUBBLOCK, p.config.heads), dtype)
 
 
+def _store(ref: Ref, x: Array) -> None:
+    """Store straight to global memory: few bytes, whose rows may be narrower than a sector."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:  # JAX 0.11 asks for nothing better.
+        ref[...] = x
+
+
 def _start_loads(sources: Sequence[Ref], targets: Sequence[Ref], barrier: Ref) -> None:
     for source, target in zip(sources, targets, strict=True):
         plgpu.copy_gmem_to_smem(source, target, barrier)
@@ -307,7 +315,7 @@ def forward(
                 def _():
                     saved = (window, own)[: p.saved_states]
                     for i, x in enumerate(saved):
-                        states_gmem[batch, index, i, heads] = x
+                        _store(states_gmem.at[batch, index, i, heads], x)
 
             for row in range(SUBBLOCK):
                 _, decay = tile.decay(a_smem.at[slot], row)
@@ -336,7 +344,7 @@ def forward(
 
             @pl.when(chunk == p.chunks - 1)
             def _():
-                results[-1][batch, heads] = window
+                _store(results[-1].at[batch, heads], window)
 
     scratch = [
         plgpu.Barrier(num_arrivals=1 + len(wide), num_barriers=slots),
@@ -507,7 +515,7 @@ def backward(
             @pl.when(chunk == 0)
             def _():
                 for i, x in enumerate(state if two else state[:1]):
-                    results[-1][batch, i, heads] = x
+                    _store(results[-1].at[batch, i, heads], x)
 
     scratch = [
         plgpu.Barrier(num_arrivals=2 + len(wide), num_barriers=slots),
@@ -580,8 +588,8 @@ def reduce(p: Problem, a: Array, factors: Sequence[Array], *, reverse: bool) -> 
         product, x = _walk(
             steps, slots, load, compute, lambda *_: None, barriers, (ones, tile.zeros())
         )
-        products_gmem[batch, chunk, heads] = product
-        states_gmem[batch, chunk, heads] = x
+        _store(products_gmem.at[batch, chunk, heads], product)
+        _store(states_gmem.at[batch, chunk, heads], x)
 
     outputs = [
         jax.ShapeDtypeStruct((p.batch, p.chunks, p.padded_heads), jnp.float32),

@@ -8,7 +8,8 @@ import jax
 
 from pallas_kernels.interpreter import simulated_platform
 
-_HOPPER = re.compile(r"\bG?H(100|200|800|20)\b|^simulated$")
+# GPUs with a tensor memory accelerator: Hopper, and the data-centre Blackwells.
+_WITH_TMA = re.compile(r"\b(G?H(100|200|800|20)|G?B(100|200|300))\b|^simulated$")
 
 
 class Target(NamedTuple):
@@ -35,13 +36,13 @@ def target() -> Target:
     return Target(device.platform, device.device_kind)
 
 
-def _is_hopper(target: Target) -> bool:
-    return target.platform in ("gpu", "cuda") and _HOPPER.search(target.kind) is not None
+def _has_tma(target: Target) -> bool:
+    return target.platform in ("gpu", "cuda") and _WITH_TMA.search(target.kind) is not None
 
 
 # Every implementation that exists, best first, and whether a target has it.
 IMPLEMENTATIONS: dict[str, Callable[[Target], bool]] = {
-    "mosaic_gpu": _is_hopper,
+    "mosaic_gpu": _has_tma,
     "xla": lambda _: True,
 }
 

@@ -153,7 +153,8 @@ def test_what_the_kernels_do_not_cover_goes_to_xla_unless_they_were_named(
         (("gpu", "NVIDIA H100 80GB HBM3"), ("mosaic_gpu", "xla")),
         (("gpu", "NVIDIA GH200 480GB"), ("mosaic_gpu", "xla")),
         (("gpu", "NVIDIA A100-SXM4-80GB"), ("xla",)),
-        (("gpu", "NVIDIA B200"), ("xla",)),
+        (("gpu", "NVIDIA B200"), ("mosaic_gpu", "xla")),
+        (("gpu", "NVIDIA RTX 6000 Ada Generation"), ("xla",)),
     ],
 )
 def test_the_device_decides(target, names, monkeypatch):
