@@ -176,6 +176,7 @@ def devices(chip: str | Chip, topology: str | None = None, *, kernels: bool = Tr
     """
     chip = chip_named(chip)
     if chip.platform == "gpu":
+        _require("jax_cuda13_plugin", "nvidia")
         return _gpu_devices(chip)
     _require("libtpu")
     _load_libtpu(kernels)
@@ -190,9 +191,12 @@ def _trace(chip: Chip, fn: Callable[..., Any], shapes: tuple[Any, ...]) -> Any:
         sharding = getattr(leaf, "sharding", None) or alone
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
+    # A new function each time: JAX would not compile one again that it has compiled.
+    def function(*arguments: Any) -> Any:
+        return fn(*arguments)
+
     with jax.default_device(devices(chip)[0]):
-        return jitted.trace(*jax.tree.map(placed, shapes))
+        return jax.jit(function).trace(*jax.tree.map(placed, shapes))
 
 
 def _compile(chip: Chip, traced: Any) -> Any:
@@ -216,7 +220,6 @@ def _sum(kernels: Sequence[Any], attribute: str) -> Any:
 
 @functools.cache
 def _gpu_devices(chip: Chip) -> list[Any]:
-    _require("jax_cuda13_plugin", "nvidia")
     if _compute_capabilities - {chip.compute_capability}:
         raise RuntimeError(
             f"{chip.name} has compute capability {chip.compute_capability}, but this process has "
