@@ -7,8 +7,10 @@ Sources
     GPUs: NVIDIA's data sheets and the CUDA programming guide's table of compute capabilities. The
     clock is the boost clock behind the data sheets' FP32 figures (SMs x 256 x clock).
     TPUs: Google Cloud's "system architecture" pages; clocks follow from the peak bf16 rate there
-    and the number and size of the matrix units (275 TFLOP/s of a v4 = 8 units x 2·128² x clock).
-    The default limit of a kernel's VMEM is libtpu's, as its error message states it.
+    and what the matrix units do in a cycle: 2·128² operations each on v4 to v5p (275 TFLOP/s of a
+    v4 = 8 units x 2·128² x clock), and 8·256² in all on a TensorCore of v6e and tpu7x, which is
+    what the compiler's estimates of matrix products come close to and do not exceed. Sizes of VMEM
+    and the default limit of a kernel's share of it are those that libtpu enforces.
 """
 
 import dataclasses

@@ -165,7 +165,8 @@ def devices(chip: str | Chip, topology: str | None = None, *, kernels: bool = Tr
 
     Args:
         chip: a name in `CHIPS`, or a `Chip`.
-        topology: TPUs: chips along each axis; None: the smallest topology.
+        topology: TPUs: chips along each axis; GPUs: partitions x hosts of each x GPUs of each,
+            such as "1x1x8"; None: the smallest topology.
         kernels: TPUs: whether this process will call `compile_for`. Counts where libtpu is not
             loaded yet; see the module.
 
@@ -177,7 +178,7 @@ def devices(chip: str | Chip, topology: str | None = None, *, kernels: bool = Tr
     chip = chip_named(chip)
     if chip.platform == "gpu":
         _require("jax_cuda13_plugin", "nvidia")
-        return _gpu_devices(chip)
+        return _gpu_devices(chip, topology or chip.topology)
     _require("libtpu")
     _load_libtpu(kernels)
     return _tpu_devices(chip, chip.topology if topology is None else f"{chip.name}:{topology}")
@@ -219,7 +220,7 @@ def _sum(kernels: Sequence[Any], attribute: str) -> Any:
 
 
 @functools.cache
-def _gpu_devices(chip: Chip) -> list[Any]:
+def _gpu_devices(chip: Chip, topology: str) -> list[Any]:
     if _compute_capabilities - {chip.compute_capability}:
         raise RuntimeError(
             f"{chip.name} has compute capability {chip.compute_capability}, but this process has "
@@ -230,7 +231,7 @@ def _gpu_devices(chip: Chip) -> list[Any]:
     described = topologies.get_topology_desc(
         platform="cuda",
         topology_name=chip.name,
-        topology=chip.topology,
+        topology=topology,
         target_config=chip.target_config(),
     )
     return list(described.devices)

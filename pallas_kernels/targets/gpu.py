@@ -120,6 +120,9 @@ def read_kernels(
 ) -> tuple[GpuKernel, ...]:
     """Reports on a program's kernels from Mosaic GPU's dumps.
 
+    Different kernels of one name are told apart by the order in which they are compiled, which is
+    the program's.
+
     Raises:
         FileNotFoundError: a kernel was compiled before in this process, with no dump.
     """
