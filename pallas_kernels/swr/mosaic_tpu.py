@@ -16,6 +16,9 @@ What costs extra, all of it outside the kernels, in XLA:
     D over `TuningConfig.features`    partial sums of da, one per group of features
     gates shared by groups of heads   are repeated; their gradients are summed
     float16                     is converted to float32 and back
+
+Over several devices: inside `jax.shard_map`, or under a mesh with explicit axes, each device does
+its own rows of the batch and heads. The TPU's compiler itself cannot split a kernel.
 """
 
 import functools
@@ -25,7 +28,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.sharding import AxisType
 
+from pallas_kernels.interpreter import simulated_platform
 from pallas_kernels.swr.distribution import distributed
 from pallas_kernels.swr.mosaic_tpu_calls import (
     Window,
@@ -116,7 +121,8 @@ def block_two_pass_heads_minor(
 
     Raises:
         NotImplementedError: a dtype other than the above, more previous blocks than one, a block
-            size that is no power of two, no tokens.
+            size that is no power of two, no tokens, a mesh in context (`jax.set_mesh`) whose axes
+            are left to the compiler.
 
     Source: arXiv 2512.13921, the block two-pass algorithm.
     """
@@ -130,10 +136,18 @@ def block_two_pass_heads_minor(
         local = local if previous is None else previous if local is None else local + previous
         previous = None
     if gates is not None:
-        gates = tuple(jnp.repeat(gate, heads // gate.shape[3], axis=3) for gate in gates)
+        gates = tuple(_per_head(gate, heads) for gate in gates)
     window = Window(block_size, lookback, config)
     x, final = _solve(window, a, v, gates, _float32(local), _float32(previous))
     return x, final if exact else None
+
+
+def _per_head(gate: Array, heads: int) -> Array:
+    """[B, T, D, K] -> [B, T, D, H]; `jnp.repeat` would not take explicit shardings."""
+    group = heads // gate.shape[-1]
+    if group == 1:
+        return gate
+    return jnp.broadcast_to(gate[..., None], (*gate.shape, group)).reshape(*gate.shape[:-1], heads)
 
 
 def _float32(x: Array | None) -> Array | None:
@@ -156,6 +170,17 @@ def _check(a, v, gates, previous, block_size, lookback) -> None:
     if 0 in v.shape:
         raise NotImplementedError(
             f"v has shape {v.shape}: the TPU kernels need a size of 1 or more"
+        )
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = [
+        name
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto and size > 1
+    ]
+    if automatic and simulated_platform() is None:
+        raise NotImplementedError(
+            f"the mesh in context has automatic axes {automatic}: the TPU's compiler cannot split "
+            "a kernel; call it inside jax.shard_map, or make the axes explicit"
         )
     if previous is not None and lookback != 1:
         raise NotImplementedError(
