@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.interpreter import simulated_platform
 from pallas_kernels.swr import mosaic_gpu_kernels as kernels
 from pallas_kernels.swr.distribution import distributed
 from pallas_kernels.swr.mosaic_gpu_kernels import Problem
@@ -184,6 +185,8 @@ class _Folding:
         )
         if options.config is None:
             config = self._default_config(narrowest, a, v, gates)
+            if simulated_platform():
+                config = dataclasses.replace(config, line=self.width)
             self.problem = dataclasses.replace(self.problem, config=config)
 
     def _default_config(self, narrowest: int, a: Array, v: Array, gates: Gates) -> TuningConfig:

@@ -106,6 +106,22 @@ class Problem:
         return pl.cdiv(self.heads, self.config.heads) * self.config.heads
 
     @property
+    def line(self) -> int:
+        """Elements that TMA moves as one: neighbours that rows and tiles are made of."""
+        line = max(self.features, min(self.config.line, self.config.heads * self.features))
+        while self.heads * self.features % line:
+            line //= 2
+        return line
+
+    def as_lines(self, x: Array) -> Array:
+        """[B, T, H, F] -> [B, T, lines, elements of a line]."""
+        return x.reshape(self.batch, self.time, -1, self.line)
+
+    def as_heads(self, x: Array) -> Array:
+        """Undo `as_lines`."""
+        return x.reshape(self.batch, self.time, self.heads, self.features)
+
+    @property
     def grid(self) -> tuple[int, int, int]:
         """Thread blocks over tiles of heads, chunks and the batch."""
         return (self.padded_heads // self.config.heads, self.chunks, self.batch)
@@ -138,8 +154,16 @@ class _Tile:
 
     def load(self, ref: Ref, *index: int) -> Array:
         """Load a row [heads, features], or what else has this shape, as float32."""
-        x = plgpu.load(ref.at[index], layout=self.layout, optimized=False)
+        x = plgpu.load(self._row(ref, index), layout=self.layout, optimized=False)
         return x.astype(jnp.float32)
+
+    def store(self, x: Array, ref: Ref, *index: int) -> None:
+        """Store a row [heads, features] in the dtype of `ref`."""
+        self._row(ref, index)[...] = x.astype(ref.dtype)
+
+    def _row(self, ref: Ref, index: tuple) -> Ref:
+        ref = ref.at[index]
+        return ref if ref.shape == self.shape else ref.reshape(*self.shape)
 
     def decay(self, ref: Ref, row: int) -> tuple[Array, Array]:
         """Load a row of decays, as [heads] and spread over the features.
@@ -158,7 +182,8 @@ class _Tile:
 
 
 def _smem(slots: int, p: Problem, dtype: jnp.dtype) -> plgpu.SMEM:
-    return plgpu.SMEM((slots, SUBBLOCK, p.config.heads, p.features), dtype)
+    lines = p.config.heads * p.features // p.line
+    return plgpu.SMEM((slots, SUBBLOCK, lines, p.line), dtype)
 
 
 def _decay_smem(slots: int, p: Problem, dtype: jnp.dtype) -> plgpu.SMEM:
@@ -236,6 +261,15 @@ def _place(p: Problem) -> tuple[Array, Array, Array, Array]:
     return lax.axis_index("batch"), head, chunk, steps
 
 
+def _part(p: Problem, ref: Ref, batch: Array, index: Array) -> Ref:
+    """Return the tile of a sub-block: of decays [B, T, H'], or of lines [B, T, lines, line]."""
+    tokens = pl.ds(index * SUBBLOCK, SUBBLOCK)
+    size = p.config.heads
+    if len(ref.shape) == 4:
+        size = size * p.features // p.line
+    return ref.at[batch, tokens, pl.ds(lax.axis_index("head") * size, size)]
+
+
 def _launch(p: Problem, body: Callable, name: str, out_type, scratch_types) -> Callable:
     return plgpu.kernel(
         body,
@@ -274,10 +308,10 @@ def forward(
         after the last token [B, H'', F] for the exact recurrence, else None. States are float32.
     """
     exact = p.lookback is None
-    wide = (v,) if gates is None else (v, *gates)
+    wide = tuple(map(p.as_lines, (v,) if gates is None else (v, *gates)))
     inputs = [a, *wide] + ([] if entering is None else [entering])
     states_shape = (p.batch, p.subblocks, p.saved_states, p.padded_heads, p.features)
-    outputs = [jax.ShapeDtypeStruct(v.shape, v.dtype)]
+    outputs = [jax.ShapeDtypeStruct(wide[0].shape, v.dtype)]
     if save:
         outputs.append(jax.ShapeDtypeStruct(states_shape, jnp.float32))
     if exact:
@@ -296,7 +330,7 @@ def forward(
         first = chunk * (p.config.chunk // SUBBLOCK) - halo
 
         def part(ref: Ref, step: Array) -> Ref:
-            return ref.at[batch, pl.ds((first + step) * SUBBLOCK, SUBBLOCK), heads]
+            return _part(p, ref, batch, first + step)
 
         def load(step: Array, slot: Array) -> None:
             sources = [part(ref, step) for ref in (a_gmem, *wide_gmem)]
@@ -327,7 +361,7 @@ def forward(
                 out = window
                 if gates is not None:
                     out = out * tile.load(wide_smem[2], slot, row) + value
-                wide_smem[0][slot, row] = out.astype(v.dtype)
+                tile.store(out, wide_smem[0], slot, row)
             return (own if p.two_states else window), window
 
         def store(step: Array, slot: Array) -> None:
@@ -353,7 +387,7 @@ def forward(
     ]
     out, *rest = _launch(p, body, "swr_forward", outputs, scratch)(*inputs)
     states = rest.pop(0) if save else None
-    return out, states, rest.pop(0) if exact else None
+    return p.as_heads(out), states, rest.pop(0) if exact else None
 
 
 def _enter_block(p: Problem, tile: _Tile, index: Array, own: Array, window: Array):
@@ -412,10 +446,10 @@ def backward(
         no carrier is handed on), or None.
     """
     two = p.two_states
-    wide = (v, dout) if gates is None else (v, dout, *gates)
+    wide = tuple(map(p.as_lines, (v, dout) if gates is None else (v, dout, *gates)))
     inputs = [a, *wide, states] + ([] if entering is None else [entering])
-    wide_outputs = (v,) if gates is None else (v, *gates)
-    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (a, *wide_outputs)]
+    gradients_of = (a, wide[0], *wide[2:])
+    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in gradients_of]
     if initial:
         shape = (p.batch, 2 if two else 1, p.padded_heads, p.features)
         outputs.append(jax.ShapeDtypeStruct(shape, jnp.float32))
@@ -435,7 +469,7 @@ def backward(
         last = end + halo - 1
 
         def part(ref: Ref, step: Array) -> Ref:
-            return ref.at[batch, pl.ds((last - step) * SUBBLOCK, SUBBLOCK), heads]
+            return _part(p, ref, batch, last - step)
 
         def load(step: Array, slot: Array) -> None:
             sources = [part(ref, step) for ref in (arguments[0], *wide_gmem)]
@@ -484,12 +518,10 @@ def backward(
                 if gates is not None:
                     value = tile.load(v_smem, slot, row)
                     b = tile.load(gates_smem[0], slot, row)
-                    gates_smem[1][slot, row] = (do * (decay * seen + b * value)).astype(
-                        gates[1].dtype
-                    )
-                    gates_smem[0][slot, row] = (s * value).astype(gates[0].dtype)
+                    tile.store(do * (decay * seen + b * value), gates_smem[1], slot, row)
+                    tile.store(s * value, gates_smem[0], slot, row)
                     dv = s * b + do
-                v_smem[slot, row] = dv.astype(v.dtype)
+                tile.store(dv, v_smem, slot, row)
                 s = decay * s
                 if two:
                     mu = decay * mu
@@ -525,8 +557,8 @@ def backward(
         _decay_smem(2, p, a.dtype),
     ]
     da, dv, *rest = _launch(p, body, "swr_backward", outputs, scratch)(*inputs)
-    dgates = None if gates is None else (rest.pop(0), rest.pop(0))
-    return da, dv, dgates, rest.pop(0) if initial else None
+    dgates = None if gates is None else (p.as_heads(rest.pop(0)), p.as_heads(rest.pop(0)))
+    return da, p.as_heads(dv), dgates, rest.pop(0) if initial else None
 
 
 def _leave_block(p: Problem, tile: _Tile, index: Array, s: Array, mu: Array):
@@ -554,6 +586,7 @@ def reduce(p: Problem, a: Array, factors: Sequence[Array], *, reverse: bool) -> 
         Products [B, chunks, H''] and states, started from zero, [B, chunks, H'', F], float32.
     """
     slots = p.config.forward_slots
+    factors = tuple(map(p.as_lines, factors))
 
     def body(a_gmem, *refs):
         factors_gmem, refs = refs[: len(factors)], refs[len(factors) :]
@@ -566,8 +599,7 @@ def reduce(p: Problem, a: Array, factors: Sequence[Array], *, reverse: bool) -> 
             return first + (steps - 1 - step if reverse else step)
 
         def load(step: Array, slot: Array) -> None:
-            tokens = pl.ds(index(step) * SUBBLOCK, SUBBLOCK)
-            sources = [ref.at[batch, tokens, heads] for ref in (a_gmem, *factors_gmem)]
+            sources = [_part(p, ref, batch, index(step)) for ref in (a_gmem, *factors_gmem)]
             targets = [ref.at[slot] for ref in (a_smem, *factors_smem)]
             _start_loads(sources, targets, barriers.at[slot])
 

@@ -23,18 +23,24 @@ class TuningConfig:
         forward_slots: stages of 16 tokens that its shared memory holds, at least 2; all but one of
             them are in flight while one is computed.
         backward_slots: the same for the backward.
+        line: elements, a power of two up to 256, that one row of a bulk copy has where the heads of
+            a problem come in multiples of it; never less than one head. JAX's interpreter, which
+            cannot reshape references, needs one head.
     """
 
     heads: int = 32
     chunk: int = 512
     forward_slots: int = 4
     backward_slots: int = 3
+    line: int = 256
 
     def __post_init__(self):
         if self.heads not in (8, 16, 32, 64):
             raise ValueError(f"heads={self.heads}: must be 8, 16, 32 or 64")
         if self.chunk < LONGEST_BLOCK or self.chunk % LONGEST_BLOCK:
             raise ValueError(f"chunk={self.chunk}: must be a multiple of {LONGEST_BLOCK}")
+        if self.line not in (8, 16, 32, 64, 128, 256):
+            raise ValueError(f"line={self.line}: must be a power of two from 8 to 256")
         for name in ("forward_slots", "backward_slots"):
             slots = getattr(self, name)
             if slots < 2:

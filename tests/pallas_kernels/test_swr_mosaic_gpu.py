@@ -14,7 +14,7 @@ from pallas_kernels.swr.tuning import TuningConfig
 from swr_jax.ops import reference as ref
 
 FLOAT32 = 1e-6
-SMALL = TuningConfig(heads=16, chunk=128, forward_slots=3, backward_slots=2)
+SMALL = TuningConfig(heads=16, chunk=128, forward_slots=3, backward_slots=2, line=8)
 
 
 def draw_case(length, heads, features, gated, lookback, *, gate_heads=None, batch=2, seed=0):
@@ -209,8 +209,8 @@ def test_results_do_not_depend_on_the_tiling(lookback):
     first, *others = (
         run(arguments, x_bar, None, config=config, **window)
         for config in (
-            TuningConfig(heads=16, chunk=128, forward_slots=2, backward_slots=2),
-            TuningConfig(heads=8, chunk=256, forward_slots=5, backward_slots=3),
+            TuningConfig(heads=16, chunk=128, forward_slots=2, backward_slots=2, line=16),
+            TuningConfig(heads=8, chunk=256, forward_slots=5, backward_slots=3, line=16),
         )
     )
     for other in others:
@@ -287,6 +287,7 @@ def test_what_is_out_of_reach_is_not_implemented_and_says_why(change, message):
         ({"heads": 24}, "heads=24: must be 8, 16, 32 or 64"),
         ({"chunk": 64}, "chunk=64: must be a multiple of 128"),
         ({"forward_slots": 1}, "forward_slots=1: must be at least 2"),
+        ({"line": 12}, "line=12: must be a power of two from 8 to 256"),
         ({"backward_slots": 0}, "backward_slots=0: must be at least 2"),
     ],
 )
