@@ -129,6 +129,10 @@ def check(
         assert final is None
     for name, gradient in gradients.items():
         assert gradient.dtype == arguments[name].dtype
+        if name == "a" and v.shape[1] == 1:
+            # One sum over features for each head may cancel: only all heads together have a scale.
+            assert_rows_close(gradient, wanted[name], tolerance, name)
+            continue
         axis = 1 if name in ("local", "previous") else 2
         assert_heads_close(gradient, wanted[name], axis, tolerance, name)
 
