@@ -43,6 +43,7 @@ def _has_tma(target: Target) -> bool:
 # Every implementation that exists, best first, and whether a target has it.
 IMPLEMENTATIONS: dict[str, Callable[[Target], bool]] = {
     "mosaic_gpu": _has_tma,
+    "mosaic_tpu": lambda target: target.platform == "tpu",
     "xla": lambda _: True,
 }
 

@@ -17,7 +17,10 @@ Gates = tuple[Array, Array] | None
 State = RecurrenceState | Array | None
 
 # Modules with a kernel `block_two_pass`, imported when first used.
-KERNELS = {"mosaic_gpu": "pallas_kernels.swr.mosaic_gpu"}
+KERNELS = {
+    "mosaic_gpu": "pallas_kernels.swr.mosaic_gpu",
+    "mosaic_tpu": "pallas_kernels.swr.mosaic_tpu",
+}
 
 
 def evaluate(

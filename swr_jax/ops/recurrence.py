@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from swr_jax.ops import validation
 from swr_jax.ops.dispatch import candidates
 from swr_jax.ops.evaluation import evaluate
+from swr_jax.ops.sharded import over_mesh, split_of
 from swr_jax.ops.state import RecurrenceState
 
 Array = jax.Array
@@ -221,22 +222,34 @@ def _recurrence(
     if segment_ids is not None:
         a = reset_decays(a, segment_ids)
 
-    refusals = []
-    for name in candidates(implementation):
-        try:
-            out, state = evaluate(
-                name,
-                a,
-                v,
-                gates,
-                block_size=block_size,
-                lookback=lookback,
-                initial_state=initial_state,
-                return_state=return_state,
-                dtype=dtype,
-            )
-        except NotImplementedError as error:
-            refusals.append(f"{name}: {error}")
-            continue
+    names = candidates(implementation)
+
+    def evaluated(a, v, gates, initial_state):
+        refusals = []
+        for name in names:
+            try:
+                return evaluate(
+                    name,
+                    a,
+                    v,
+                    gates,
+                    block_size=block_size,
+                    lookback=lookback,
+                    initial_state=initial_state,
+                    return_state=return_state,
+                    dtype=dtype,
+                )
+            except NotImplementedError as error:
+                refusals.append(f"{name}: {error}")
+        raise NotImplementedError("; ".join(refusals))
+
+    window = {"block_size": block_size, "lookback": lookback}
+    split = None
+    if initial_state is None and not return_state:
+        split = split_of(v, gates, **window)
+    if split is None:
+        out, state = evaluated(a, v, gates, initial_state)
         return (out, state) if return_state else out
-    raise NotImplementedError("; ".join(refusals))
+    return over_mesh(
+        lambda *arguments: evaluated(*arguments)[0], split, a, v, gates, dtype=dtype, **window
+    )

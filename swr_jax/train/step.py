@@ -46,7 +46,11 @@ def _logits(blueprint: Blueprint, params: Params, batch: Batch) -> jax.Array:
     # activations likewise, and gather the batch on every device.
     params = jax.tree.map(gather, params, blueprint.abstract.params)
     model = nnx.merge(blueprint.graphdef, params)
-    return model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+    mesh = jax.tree.leaves(blueprint.abstract.params)[0].sharding.mesh
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # The operators split along its axes.
+        return model(
+            batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+        )
 
 
 def _micro_batches(batch: Batch, count: int, mesh: Mesh) -> Batch:

@@ -1,0 +1,167 @@
+"""A recurrence over the devices of a mesh: batch and heads apart, the sequence by one carrier.
+
+Where the mesh in context (`jax.set_mesh`) has automatic axes with the names below, every device
+works on its own part, and the compiler has nothing to guess. Along the sequence a token sees at
+most `lookback` blocks back, so a device needs from its left neighbour what few tokens before the
+cut make: it is reduced to one array, which one `ppermute` hands on (and one hands its gradient
+back). The exact recurrence gathers one product of decays and one state of every device instead.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType
+
+from swr_jax.ops.block_two_pass import reduce_block
+from swr_jax.ops.evaluation import evaluate
+from swr_jax.ops.state import RecurrenceState
+
+Array = jax.Array
+Gates = tuple[Array, Array] | None
+# Takes decays, inputs, gates and an initial state to the output.
+Recurrence = Callable[[Array, Array, Gates, RecurrenceState | Array | None], Array]
+
+BATCH_AXES = ("data", "fsdp")
+HEAD_AXES = ("tensor",)
+SEQUENCE_AXIS = "sequence"
+
+
+class Split(NamedTuple):
+    """Mesh axes over which a call's arrays are split, and the parts of the sequence."""
+
+    mesh: AbstractMesh
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+    sequence: int
+
+    @property
+    def spec(self) -> jax.P:
+        """Of arrays [B, T, heads, ...]."""
+        return jax.P(self.batch, SEQUENCE_AXIS if self.sequence > 1 else None, self.heads)
+
+
+def split_of(v: Array, gates: Gates, *, block_size: int, lookback: int | None) -> Split | None:
+    """Return how the mesh in context splits a call, or None where it does not.
+
+    An axis that does not divide what it would split is left out. So is the sequence's where a
+    window would reach past the neighbour's part.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return None
+    batch, time, heads = v.shape[:3]
+    if gates is not None:
+        heads = math.gcd(heads, gates[0].shape[2])
+
+    def dividing(names: tuple[str, ...], size: int) -> tuple[str, ...]:
+        found: tuple[str, ...] = ()
+        for name in names:
+            parts = math.prod(mesh.shape[other] for other in (*found, name) if other in mesh.shape)
+            if name in mesh.shape and size % parts == 0:
+                found = (*found, name)
+        return found
+
+    parts = mesh.shape.get(SEQUENCE_AXIS, 1)
+    reach = 1 if lookback is None else (lookback + 1) * block_size
+    if time % parts or time // parts < reach:
+        parts = 1
+    split = Split(mesh, dividing(BATCH_AXES, batch), dividing(HEAD_AXES, heads), parts)
+    sizes = (mesh.shape[name] for name in (*split.batch, *split.heads))
+    return split if math.prod(sizes) * parts > 1 else None
+
+
+def over_mesh(
+    recurrence: Recurrence,
+    split: Split,
+    a: Array,
+    v: Array,
+    gates: Gates,
+    *,
+    block_size: int,
+    lookback: int | None,
+    dtype: jnp.dtype,
+) -> Array:
+    """Return recurrence(a, v, gates, None), each device computing its own part of it.
+
+    Args:
+        recurrence: what to compute.
+        split: from `split_of`, not None.
+        a, v, gates: as the operators take them, resets already in a.
+        block_size, lookback: the window.
+        dtype: dtype of the maths, and of what is handed on.
+    """
+
+    def part(a: Array, v: Array, gates: Gates) -> Array:
+        state = None
+        if split.sequence > 1:
+            before = _before_exact if lookback is None else _before_window
+            state = before(a, v, gates, split.sequence, block_size, lookback, dtype)
+        return recurrence(a, v, gates, state)
+
+    specs = (split.spec, split.spec, None if gates is None else (split.spec, split.spec))
+    return jax.shard_map(part, mesh=split.mesh, in_specs=specs, out_specs=split.spec)(a, v, gates)
+
+
+def _before_window(a, v, gates, parts, block_size, lookback, dtype):
+    """Return the state that this device's part starts from: None, carriers, or mid-block."""
+    time = v.shape[1]
+    aligned = time % block_size == 0
+    if aligned and lookback == 0:
+        return None
+    # Of a state, nothing is older than the tokens from the block `lookback` blocks back.
+    reach = slice(time - (lookback + 1) * block_size, None)
+    batch, _, heads, features = v.shape
+    start = lax.axis_index(SEQUENCE_AXIS) * (time % block_size)
+    zeros = RecurrenceState.zeros(
+        batch, heads, features, block_size=block_size, lookback=lookback, dtype=dtype
+    )
+
+    def at(position: Array) -> RecurrenceState:
+        position = jnp.broadcast_to(position % block_size, (batch,)).astype(jnp.int32)
+        return zeros.replace(position=position)
+
+    _, after = evaluate(
+        "xla",
+        a[:, reach],
+        v[:, reach],
+        None if gates is None else (gates[0][:, reach], gates[1][:, reach]),
+        block_size=block_size,
+        lookback=lookback,
+        initial_state=None if aligned else at(start + time),
+        return_state=True,
+        dtype=dtype,
+    )
+    message = after.decays[..., None] * after.carriers
+    if not aligned:
+        message = jnp.concatenate([after.local[:, None], message], axis=1)
+    message = lax.ppermute(message, SEQUENCE_AXIS, [(i, i + 1) for i in range(parts - 1)])
+    if aligned:
+        return zeros.replace(carriers=message) if lookback > 1 else message[:, 0]
+    return at(start).replace(local=message[:, 0], carriers=message[:, 1:])
+
+
+def _before_exact(a, v, gates, parts, block_size, lookback, dtype):
+    """Return the exact recurrence's state before this device's part, [B, H, D]."""
+    del block_size, lookback
+    heads = v.shape[2]
+    groups = heads if gates is None else gates[0].shape[2]
+
+    def fold(x: Array) -> Array:
+        """One block: [B, T, heads (, D)] -> [B, 1, T, gate head, group, D]."""
+        batch, time, heads = x.shape[:3]
+        return x.reshape(batch, 1, time, groups, heads // groups, *(x.shape[3:] or (1,)))
+
+    factors = (fold(v),) if gates is None else (fold(gates[0]), fold(v))
+    product, end = reduce_block(fold(a), factors, dtype=dtype)
+    message = jnp.concatenate([product, end], axis=-1).reshape(v.shape[0], heads, -1)
+    everyone = lax.all_gather(message, SEQUENCE_AXIS)
+    index = lax.axis_index(SEQUENCE_AXIS)
+    state = jnp.zeros_like(message[..., 1:])
+    for i in range(parts - 1):
+        product, end = everyone[i, ..., :1], everyone[i, ..., 1:]
+        state = jnp.where(i < index, product * state + end, state)
+    return state
