@@ -1,4 +1,4 @@
-"""The public operators and the layer through the Hopper kernels, simulated on the CPU."""
+"""The public operators and the layer through the kernels, simulated on the CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from recurrence_cases import (
     draw_state,
     rounded,
 )
-from simulation import simulated_gpu
+from simulation import SIMULATED
 
 from swr_jax import gated_sliding_window_recurrence, nn, sliding_window_recurrence
 from swr_jax.ops import dispatch
@@ -41,11 +41,12 @@ def kernels_used(monkeypatch):
     return names
 
 
+@pytest.mark.parametrize("backend", SIMULATED)
 @pytest.mark.parametrize(
     ("length", "lookback", "gated"),
     [(1, 1, False), (37, 1, True), (53, 0, False), (20, None, True)],
 )
-def test_states_in_and_out_with_their_gradients(length, lookback, gated, kernels_used):
+def test_states_in_and_out_with_their_gradients(backend, length, lookback, gated, kernels_used):
     """Rows of the batch stand at different places in their blocks, and one is packed."""
     a, u = draw(length, "some zeros", heads=HEADS, features=FEATURES)
     initial = rounded(draw_state(2, HEADS, FEATURES, lookback, 16))
@@ -75,9 +76,9 @@ def test_states_in_and_out_with_their_gradients(length, lookback, gated, kernels
         )
         return x, state, pull(x_bar)[0]
 
-    with simulated_gpu():
+    with SIMULATED[backend]():
         x, state, gradients = evaluate(arguments, as_state(initial, 16, lookback), x_bar)
-    assert kernels_used == ["mosaic_gpu"]
+    assert kernels_used == [backend]
 
     options = window | {"initial_state": initial, "segment_ids": documents}
     inputs = {name: np.float64(value) for name, value in arguments.items()}
@@ -96,19 +97,21 @@ def test_states_in_and_out_with_their_gradients(length, lookback, gated, kernels
         assert_rows_close(gradient, wanted[name], FLOAT32, name)
 
 
-def test_prefill_by_kernels_and_steps_by_xla_continue_each_other():
+@pytest.mark.parametrize("backend", SIMULATED)
+def test_pieces_continue_each_other(backend):
     """Prompts that end at, before and after a block's edge, then one more piece."""
     a, u = draw(70, heads=HEADS, features=FEATURES)
     a, u = a.astype(np.float32), u.astype(np.float32)
     expected = ref.sliding_window_recurrence(a, u, block_size=16)
     for cut in (15, 16, 48):
-        with simulated_gpu():
+        with SIMULATED[backend]():
             first, state = sliding_window_recurrence(a[:, :cut], u[:, :cut], return_state=True)
             second = sliding_window_recurrence(a[:, cut:], u[:, cut:], initial_state=state)
         assert_rows_close(jnp.concatenate([first, second], axis=1), expected, FLOAT32)
 
 
-def test_the_layer_trains_through_the_kernels(kernels_used):
+@pytest.mark.parametrize("backend", SIMULATED)
+def test_the_layer_trains_through_the_kernels(backend, kernels_used):
     """Gradients of every parameter agree with those through XLA, window and global heads alike."""
     layer = nn.Phalanx(24, head_dim=8, num_gate_heads=3, global_heads=1, rngs=nnx.Rngs(params=0))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 21, 24)), jnp.float32)
@@ -118,30 +121,31 @@ def test_the_layer_trains_through_the_kernels(kernels_used):
         return jnp.mean(jnp.square(nnx.merge(graph, parameters)(x)))
 
     wanted_loss, wanted = jax.jit(jax.value_and_grad(loss))(parameters)
-    with simulated_gpu():
+    with SIMULATED[backend]():
         got_loss, got = jax.jit(jax.value_and_grad(loss))(parameters)
-    assert kernels_used == ["xla", "xla", "mosaic_gpu", "mosaic_gpu"]
+    assert kernels_used == ["xla", "xla", backend, backend]
     assert_close(got_loss, wanted_loss, FLOAT32)
     for gradient, expected in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         assert_close(gradient, expected, 2e-6)
 
 
 @pytest.mark.parametrize(
-    ("options", "features", "reason"),
+    ("backend", "options", "features", "reason"),
     [
-        ({}, 5, "D=5: the kernels need a multiple of 8"),
-        ({"block_size": 8}, 8, "block_size=8: the kernels take 16 to 128"),
-        ({"lookback": 2}, 8, "lookback=2: the kernels have 0, 1 and None"),
+        ("mosaic_gpu", {}, 5, "D=5: the kernels need a multiple of 8"),
+        ("mosaic_gpu", {"block_size": 8}, 8, "block_size=8: the kernels take 16 to 128"),
+        ("mosaic_gpu", {"lookback": 2}, 8, "lookback=2: the kernels have 0, 1 and None"),
+        ("mosaic_tpu", {"lookback": 2}, 8, "lookback=2: the TPU kernels have 0, 1 and None"),
     ],
 )
 def test_what_the_kernels_do_not_cover_goes_to_xla_unless_they_were_named(
-    options, features, reason, kernels_used
+    backend, options, features, reason, kernels_used
 ):
     a, u = (jnp.asarray(x, jnp.float32) for x in draw(20, heads=HEADS, features=features))
-    with simulated_gpu():
+    with SIMULATED[backend]():
         x = sliding_window_recurrence(a, u, **options)
         with pytest.raises(NotImplementedError, match=reason):
-            sliding_window_recurrence(a, u, implementation="mosaic_gpu", **options)
+            sliding_window_recurrence(a, u, implementation=backend, **options)
     assert kernels_used == ["xla"]
     np.testing.assert_array_equal(x, sliding_window_recurrence(a, u, **options))
 
@@ -154,6 +158,7 @@ def test_what_the_kernels_do_not_cover_goes_to_xla_unless_they_were_named(
         (("gpu", "NVIDIA GH200 480GB"), ("mosaic_gpu", "xla")),
         (("gpu", "NVIDIA A100-SXM4-80GB"), ("xla",)),
         (("gpu", "NVIDIA B200"), ("mosaic_gpu", "xla")),
+        (("tpu", "TPU v5 lite"), ("mosaic_tpu", "xla")),
         (("gpu", "NVIDIA RTX 6000 Ada Generation"), ("xla",)),
     ],
 )
