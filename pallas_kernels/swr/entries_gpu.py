@@ -27,19 +27,20 @@ def entries() -> tuple[Entry, ...]:
 
 
 def _entry(gated: bool, lookback: int | None, block_size: int, backward: bool) -> Entry:
+    wide = jax.ShapeDtypeStruct((BATCH, TIME, HEADS, FEATURES), DTYPE)
+    a = jax.ShapeDtypeStruct(wide.shape[:3], DTYPE)
+    arguments = (a, wide) + ((wide, wide) if gated else ())
+    window = {"block_size": block_size, "lookback": lookback}
+    problem = default_problem(a, wide, arguments[2:] or None, **window)
+
     def forward(a, v, *gates):
-        window = {"block_size": block_size, "lookback": lookback}
-        return block_two_pass(a, v, gates or None, None, None, **window)[0]
+        config = problem.config  # One for all chips: that of an H100.
+        return block_two_pass(a, v, gates or None, None, None, config=config, **window)[0]
 
     def both(dx, *arguments):
         x, pull = jax.vjp(forward, *arguments)
         return x, pull(dx)
 
-    wide = jax.ShapeDtypeStruct((BATCH, TIME, HEADS, FEATURES), DTYPE)
-    a = jax.ShapeDtypeStruct(wide.shape[:3], DTYPE)
-    arguments = (a, wide) + ((wide, wide) if gated else ())
-    gates = arguments[2:] or None
-    problem = default_problem(a, wide, gates, block_size=block_size, lookback=lookback)
     launches, moved = _launches(problem, backward)
     inputs = 3 if gated else 1
     minimum = NARROW + (inputs + 1) * WIDE
@@ -51,9 +52,9 @@ def _entry(gated: bool, lookback: int | None, block_size: int, backward: bool) -
         limit = default_budget(chip)
         return dataclasses.replace(limit, bytes_ratio=1.52) if lookback is None else limit
 
-    window = "exact" if lookback is None else f"window{block_size}"
+    reach = "exact" if lookback is None else f"window{block_size}"
     return Entry(
-        name=f"swr/{'gated' if gated else 'plain'}/{window}/"
+        name=f"swr/{'gated' if gated else 'plain'}/{reach}/"
         + ("forward+backward" if backward else "forward"),
         platform="gpu",
         build=lambda _: (both, (wide, *arguments)) if backward else (forward, arguments),

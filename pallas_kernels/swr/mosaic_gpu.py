@@ -17,7 +17,13 @@ from pallas_kernels.interpreter import simulated_platform
 from pallas_kernels.swr import mosaic_gpu_kernels as kernels
 from pallas_kernels.swr.distribution import distributed
 from pallas_kernels.swr.mosaic_gpu_kernels import Problem
-from pallas_kernels.swr.tuning import LONGEST_BLOCK, SUBBLOCK, TuningConfig, default_config
+from pallas_kernels.swr.tuning import (
+    LONGEST_BLOCK,
+    MULTIPROCESSORS,
+    SUBBLOCK,
+    TuningConfig,
+    default_config,
+)
 
 Array = jax.Array
 Gates = tuple[Array, Array] | None
@@ -101,6 +107,15 @@ def _check_support(
         raise NotImplementedError(
             f"{block_size=}: the kernels take {SUBBLOCK} to {LONGEST_BLOCK} tokens in a block"
         )
+
+
+def _multiprocessors() -> int:
+    """Return how many the chip has that is traced for: of the mesh in context, or by default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.num_cores:
+        return device.num_cores
+    device = jax.config.jax_default_device or jax.devices()[0]
+    return getattr(device, "core_count", None) or MULTIPROCESSORS
 
 
 def _pad_end(x: Array, shape: tuple[int, ...], value: float) -> Array:
@@ -198,6 +213,7 @@ class _Folding:
             batch=p.batch,
             time=p.time,
             heads=p.heads,
+            multiprocessors=_multiprocessors(),
             narrowest=narrowest,
             halo=p.halo * SUBBLOCK,
             forward_bytes=SUBBLOCK * (inputs + a.dtype.itemsize),

@@ -8,7 +8,7 @@ SUBBLOCK = 16
 LONGEST_BLOCK = 128
 # Shared memory of one thread block on Hopper, less what barriers and alignment take, in bytes.
 SHARED_MEMORY = 232448 - 4096
-# Streaming multiprocessors of an H100 or H200 (SXM).
+# Streaming multiprocessors of an H100 or H200 (SXM), where nothing says otherwise.
 MULTIPROCESSORS = 132
 
 
@@ -52,18 +52,20 @@ def default_config(
     batch: int,
     time: int,
     heads: int,
+    multiprocessors: int,
     narrowest: int,
     halo: int,
     forward_bytes: int,
     backward_bytes: int,
 ) -> TuningConfig:
-    """Return the default for a problem on an H100 or H200.
+    """Return the default for a problem on a chip.
 
     Tiles are as wide as the problem and shared memory allow. Chunks are as long as they can be
     (long ones recompute fewer halos) while thread blocks come out even over the multiprocessors.
 
     Args:
         batch, time, heads: B, T, H, H in heads of 16 or 8 features.
+        multiprocessors: the chip's number of them.
         narrowest: fewest heads that a thread block can own.
         halo: tokens beyond a chunk that it needs.
         forward_bytes, backward_bytes: bytes of a stage of either pass, for each head.
@@ -75,7 +77,7 @@ def default_config(
     def cost(chunk: int) -> float:
         """Turns of all multiprocessors, and what the halo adds to them."""
         blocks = batch * -(-heads // tile) * -(-time // chunk)
-        return -(-blocks // MULTIPROCESSORS) * (chunk + halo / 2)
+        return -(-blocks // multiprocessors) * (chunk + halo / 2)
 
     def slots(per_head: int) -> int:
         """Two thread blocks to a multiprocessor if each can have three stages, else one."""
