@@ -129,16 +129,16 @@ def check(
         assert final is None
     for name, gradient in gradients.items():
         assert gradient.dtype == arguments[name].dtype
-        if name == "a" and v.shape[1] == 1:
-            # One sum over features for each head may cancel: only all heads together have a scale.
-            assert_rows_close(gradient, wanted[name], tolerance, name)
-            continue
         axis = 1 if name in ("local", "previous") else 2
         assert_heads_close(gradient, wanted[name], axis, tolerance, name)
 
 
 def assert_heads_close(actual, expected, axis: int, tolerance: float, name: str) -> None:
-    """Relative RMS error of each head of each row of the batch: none hides behind a larger one."""
+    """Relative RMS error of each head of each row of the batch: none hides behind a larger one.
+
+    The few numbers of a small head may all have cancelled: only with other heads have they a scale.
+    """
     actual, expected = (np.moveaxis(np.asarray(x), axis, 1) for x in (actual, expected))
-    actual, expected = (x.reshape(-1, *x.shape[2:]) for x in (actual, expected))
+    if actual[0, 0].size >= 4:
+        actual, expected = (x.reshape(-1, *x.shape[2:]) for x in (actual, expected))
     assert_rows_close(actual, expected, tolerance, name)

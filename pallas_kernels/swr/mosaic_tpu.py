@@ -147,7 +147,10 @@ def _per_head(gate: Array, heads: int) -> Array:
     group = heads // gate.shape[-1]
     if group == 1:
         return gate
-    return jnp.broadcast_to(gate[..., None], (*gate.shape, group)).reshape(*gate.shape[:-1], heads)
+    # Through float32, so that the gradients of a group's heads are summed in float32.
+    wide = gate.astype(jnp.float32)[..., None]
+    wide = jnp.broadcast_to(wide, (*gate.shape, group)).reshape(*gate.shape[:-1], heads)
+    return wide.astype(gate.dtype)
 
 
 def _float32(x: Array | None) -> Array | None:
