@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.catalogue import BATCH, FEATURES, HEADS, TIME, Budget, Entry, default_budget
 from pallas_kernels.swr.mosaic_gpu import block_two_pass, default_problem
-from pallas_kernels.swr.mosaic_gpu_kernels import Problem
+from pallas_kernels.swr.mosaic_gpu_pipeline import Problem
 from pallas_kernels.swr.tuning import SUBBLOCK
 from pallas_kernels.targets import Chip, Launch
 

@@ -16,7 +16,7 @@ from jax import lax
 from pallas_kernels.interpreter import simulated_platform
 from pallas_kernels.swr import mosaic_gpu_kernels as kernels
 from pallas_kernels.swr.distribution import distributed
-from pallas_kernels.swr.mosaic_gpu_kernels import Problem
+from pallas_kernels.swr.mosaic_gpu_pipeline import Problem
 from pallas_kernels.swr.tuning import (
     LONGEST_BLOCK,
     MULTIPROCESSORS,

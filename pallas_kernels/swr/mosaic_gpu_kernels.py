@@ -10,25 +10,24 @@ Notation, after the paper (arXiv 2512.13921):
     mu, s       the same two for the recurrence that runs from right to left over the cotangents
     d...        cotangents
 
-A thread block owns `heads` heads of one batch element and walks through `chunk` tokens in
-sub-blocks of 16, each loaded by TMA several sub-blocks ahead. Heads and features lie across the 128
-threads, F * heads / 128 neighbouring features to a thread, and the rows of a sub-block are done in
-sequence, in registers: two multiply-adds an element, no logarithm, no division, nothing exchanged
-between threads but the sum over features that da needs. Outputs are written over inputs in shared
-memory and leave from there by TMA, which drops what lies outside the arrays; what it reads there
-is zero.
+A thread block walks through its chunk of tokens in sub-blocks of 16. The rows of a sub-block are
+done in sequence, in registers: two multiply-adds an element, no logarithm, no division, nothing
+exchanged between threads but the sum over features that da needs. (The block's operator as a matrix
+on the tensor cores is the other way to do it. It was built, compiled and left: in every case its
+predicted issue time is longer, and no saving there would shorten what memory takes. The figures are
+in experiments/results/h100_tensor_core_form.json.)
 
 A window reaches at most one block beyond a chunk, so each chunk recomputes that block (the halo).
 The exact recurrence takes what enters each chunk from memory instead, where `reduce` prepared it.
 
 Bytes per token and head at F = 16 in 16 bits, gated in brackets: forward reads 32 + 2 [96 + 2] and
 writes 32; backward reads 64 + 2 [128 + 2], writes 32 + 2 [96 + 2]; the states that the forward
-leaves for the backward, one every 16 tokens, are 4 bytes more on both sides; halos add 16 / chunk.
-Operations per element: 2 to 3 multiply-adds forward, about 10 backward.
+leaves for the backward, one every 16 tokens, are 4 bytes more on both sides; what is read grows by
+block_size / chunk for the halos.
+Instructions per element: 6 forward, 15 backward, loads and conversions included.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,250 +35,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.swr.tuning import SUBBLOCK, TuningConfig
+from pallas_kernels.swr.mosaic_gpu_pipeline import (
+    Problem,
+    Tile,
+    decay_scratch,
+    launch,
+    part_of,
+    place,
+    start_loads,
+    store_directly,
+    walk,
+    wide_scratch,
+)
+from pallas_kernels.swr.tuning import SUBBLOCK
 
 Array = jax.Array
 Ref = jax.Ref
-WARPS, LANES = 4, 32
-
-COMPILER_PARAMS = plgpu.CompilerParams(
-    lowering_semantics=plgpu.LoweringSemantics.Lane,
-    # Each thread reads and overwrites elements of its own only; see `_walk` for the async copies.
-    unsafe_no_auto_barriers=True,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """What is to be computed, static.
-
-    Attributes:
-        batch, time, heads, features: B, T, H, F; F is 8 or 16.
-        block_size: tokens in a block, a multiple of 16.
-        lookback: 0, 1 or None for the exact recurrence.
-        gated: whether there are gates.
-        continued: whether the first block's own state is not zero.
-        config: how it is cut up.
-    """
-
-    batch: int
-    time: int
-    heads: int
-    features: int
-    block_size: int
-    lookback: int | None
-    gated: bool
-    continued: bool
-    config: TuningConfig
-
-    @property
-    def two_states(self) -> bool:
-        """Whether E and P differ."""
-        return self.lookback == 1
-
-    @property
-    def saved_states(self) -> int:
-        """States that the forward leaves for the backward, for every sub-block."""
-        if not self.two_states:
-            return 1
-        # A block's own state is zero where it begins.
-        return 2 if self.continued or self.block_size > SUBBLOCK else 1
-
-    @property
-    def halo(self) -> int:
-        """Sub-blocks beyond a chunk that it needs."""
-        return self.block_size // SUBBLOCK if self.two_states else 0
-
-    @property
-    def chunks(self) -> int:
-        """Number of chunks."""
-        return pl.cdiv(self.time, self.config.chunk)
-
-    @property
-    def subblocks(self) -> int:
-        """Number of sub-blocks."""
-        return pl.cdiv(self.time, SUBBLOCK)
-
-    @property
-    def padded_heads(self) -> int:
-        """Heads of arrays that are not read or written by TMA, which tolerates any number."""
-        return pl.cdiv(self.heads, self.config.heads) * self.config.heads
-
-    @property
-    def line(self) -> int:
-        """Elements that TMA moves as one: neighbours that rows and tiles are made of."""
-        line = max(self.features, min(self.config.line, self.config.heads * self.features))
-        while self.heads * self.features % line:
-            line //= 2
-        return line
-
-    def as_lines(self, x: Array) -> Array:
-        """[B, T, H, F] -> [B, T, lines, elements of a line]."""
-        return x.reshape(self.batch, self.time, -1, self.line)
-
-    def as_heads(self, x: Array) -> Array:
-        """Undo `as_lines`."""
-        return x.reshape(self.batch, self.time, self.heads, self.features)
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Thread blocks over tiles of heads, chunks and the batch."""
-        return (self.padded_heads // self.config.heads, self.chunks, self.batch)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tile:
-    """A sub-block of 16 tokens in shared memory: loads and stores of its rows."""
-
-    problem: Problem
-    first_token: Array
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.problem.config.heads, self.problem.features
-
-    @property
-    def layout(self):
-        heads, features = self.shape
-        vector = heads * features // (WARPS * LANES)
-        tiles = ((heads, features), (heads // WARPS, features), (vector,))
-        return plgpu.Layout.TILED(plgpu.Tiling(tiles), (-5,), (-3, -2), -1)
-
-    @property
-    def decay_layout(self):
-        return self.layout.reduce(1)
-
-    def zeros(self) -> Array:
-        return plgpu.layout_cast(jnp.zeros(self.shape, jnp.float32), self.layout)
-
-    def load(self, ref: Ref, *index: int) -> Array:
-        """Load a row [heads, features], or what else has this shape, as float32."""
-        x = plgpu.load(self._row(ref, index), layout=self.layout, optimized=False)
-        return x.astype(jnp.float32)
-
-    def store(self, x: Array, ref: Ref, *index: int) -> None:
-        """Store a row [heads, features] in the dtype of `ref`."""
-        self._row(ref, index)[...] = x.astype(ref.dtype)
-
-    def _row(self, ref: Ref, index: tuple) -> Ref:
-        ref = ref.at[index]
-        return ref if ref.shape == self.shape else ref.reshape(*self.shape)
-
-    def decay(self, ref: Ref, row: int) -> tuple[Array, Array]:
-        """Load a row of decays, as [heads] and spread over the features.
-
-        Tokens behind the end have a decay of 1, so that both directions hand states on unchanged.
-        """
-        a = plgpu.load(ref.at[row], layout=self.decay_layout, optimized=False)
-        a = a.astype(jnp.float32)
-        if self.problem.time % SUBBLOCK:
-            a = jnp.where(self.first_token + row < self.problem.time, a, jnp.ones_like(a))
-        return a, self.spread(a)
-
-    def spread(self, x: Array) -> Array:
-        """Repeat [heads] over the features."""
-        return plgpu.layout_cast(lax.broadcast_in_dim(x, self.shape, (0,)), self.layout)
-
-
-def _smem(slots: int, p: Problem, dtype: jnp.dtype) -> plgpu.SMEM:
-    lines = p.config.heads * p.features // p.line
-    return plgpu.SMEM((slots, SUBBLOCK, lines, p.line), dtype)
-
-
-def _decay_smem(slots: int, p: Problem, dtype: jnp.dtype) -> plgpu.SMEM:
-    return plgpu.SMEM((slots, SUBBLOCK, p.config.heads), dtype)
-
-
-def _store(ref: Ref, x: Array) -> None:
-    """Store straight to global memory: few bytes, whose rows may be narrower than a sector."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, x, optimized=False)
-    else:  # JAX 0.11 asks for nothing better.
-        ref[...] = x
-
-
-def _start_loads(sources: Sequence[Ref], targets: Sequence[Ref], barrier: Ref) -> None:
-    for source, target in zip(sources, targets, strict=True):
-        plgpu.copy_gmem_to_smem(source, target, barrier)
-
-
-def _walk(
-    steps: Array,
-    slots: int,
-    load: Callable[[Array, Array], None],
-    compute: Callable[[Array, Array, tuple], tuple],
-    store: Callable[[Array, Array], None],
-    barriers: Ref,
-    state: tuple,
-) -> tuple:
-    """Run `steps` steps, the loads of the next `slots - 1` in flight while one is computed.
-
-    Args:
-        steps: number of steps.
-        slots: stages in shared memory; step i uses stage i % slots.
-        load: starts the loads (step, slot) of a step.
-        compute: takes (step, slot, state) to the next state, and leaves outputs in shared memory.
-        store: starts the stores (step, slot) of a step.
-        barriers: one for each slot.
-        state: first state.
-    """
-    for step in range(slots - 1):
-
-        @pl.when(step < steps)
-        def _(step=step):
-            load(jnp.int32(step), jnp.int32(step))
-
-    def body(step: Array, state: tuple) -> tuple:
-        slot = lax.rem(step, jnp.int32(slots))
-        plgpu.barrier_wait(barriers.at[slot])
-        state = compute(step, slot, state)
-        # Every thread is done with the slot, and its results are visible to the TMA unit.
-        plgpu.commit_smem()
-        store(step, slot)
-        # The slot of the previous step is free again: no thread reads it any more, and of the
-        # stores only those of this step may still be reading shared memory.
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        ahead = step + (slots - 1)
-
-        @pl.when(ahead < steps)
-        def _():
-            load(ahead, lax.rem(ahead, jnp.int32(slots)))
-
-        return state
-
-    state = lax.fori_loop(0, steps, body, state)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    return state
-
-
-def _place(p: Problem) -> tuple[Array, Array, Array, Array]:
-    """Return batch element, first head, chunk, and number of sub-blocks in it."""
-    head = lax.axis_index("head") * p.config.heads
-    chunk = lax.axis_index("chunk")
-    per_chunk = p.config.chunk // SUBBLOCK
-    steps = jnp.minimum(p.subblocks - chunk * per_chunk, per_chunk)
-    return lax.axis_index("batch"), head, chunk, steps
-
-
-def _part(p: Problem, ref: Ref, batch: Array, index: Array) -> Ref:
-    """Return the tile of a sub-block: of decays [B, T, H'], or of lines [B, T, lines, line]."""
-    tokens = pl.ds(index * SUBBLOCK, SUBBLOCK)
-    size = p.config.heads
-    if len(ref.shape) == 4:
-        size = size * p.features // p.line
-    return ref.at[batch, tokens, pl.ds(lax.axis_index("head") * size, size)]
-
-
-def _launch(p: Problem, body: Callable, name: str, out_type, scratch_types) -> Callable:
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=scratch_types,
-        grid=p.grid,
-        grid_names=("head", "chunk", "batch"),
-        compiler_params=COMPILER_PARAMS,
-        kernel_name=name,
-    )
 
 
 def forward(
@@ -324,22 +95,22 @@ def forward(
         results, (barriers, a_smem, *wide_smem) = refs[: len(outputs)], refs[len(outputs) :]
         a_gmem, *wide_gmem = arguments[: 1 + len(wide)]
         states_gmem = results[1] if save else None
-        batch, head, chunk, steps = _place(p)
+        batch, head, chunk, steps = place(p)
         heads = pl.ds(head, p.config.heads)
         halo = jnp.where(chunk == 0, 0, p.halo)
         first = chunk * (p.config.chunk // SUBBLOCK) - halo
 
         def part(ref: Ref, step: Array) -> Ref:
-            return _part(p, ref, batch, first + step)
+            return part_of(p, ref, batch, first + step)
 
         def load(step: Array, slot: Array) -> None:
             sources = [part(ref, step) for ref in (a_gmem, *wide_gmem)]
             targets = [ref.at[slot] for ref in (a_smem, *wide_smem)]
-            _start_loads(sources, targets, barriers.at[slot])
+            start_loads(sources, targets, barriers.at[slot])
 
         def compute(step: Array, slot: Array, state: tuple) -> tuple:
             index = first + step
-            tile = _Tile(p, index * SUBBLOCK)
+            tile = Tile(p, index * SUBBLOCK)
             own, window = state
             if not exact:
                 own, window = _enter_block(p, tile, index, own, window)
@@ -349,7 +120,7 @@ def forward(
                 def _():
                     saved = (window, own)[: p.saved_states]
                     for i, x in enumerate(saved):
-                        _store(states_gmem.at[batch, index, i, heads], x)
+                        store_directly(states_gmem.at[batch, index, i, heads], x)
 
             for row in range(SUBBLOCK):
                 _, decay = tile.decay(a_smem.at[slot], row)
@@ -369,28 +140,28 @@ def forward(
             def _():
                 plgpu.copy_smem_to_gmem(wide_smem[0].at[slot], part(results[0], step))
 
-        tile = _Tile(p, jnp.int32(0))
+        tile = Tile(p, jnp.int32(0))
         state = (tile.zeros(), tile.zeros())
         if entering is not None:
             state = _load_entering(p, tile, arguments[-1], batch, chunk, heads)
-        _, window = _walk(steps + halo, slots, load, compute, store, barriers, state)
+        _, window = walk(steps + halo, slots, load, compute, store, barriers, state)
         if exact:
 
             @pl.when(chunk == p.chunks - 1)
             def _():
-                _store(results[-1].at[batch, heads], window)
+                store_directly(results[-1].at[batch, heads], window)
 
     scratch = [
         plgpu.Barrier(num_arrivals=1 + len(wide), num_barriers=slots),
-        _decay_smem(slots, p, a.dtype),
-        *(_smem(slots, p, x.dtype) for x in wide),
+        decay_scratch(slots, p, a.dtype),
+        *(wide_scratch(slots, p, x.dtype) for x in wide),
     ]
-    out, *rest = _launch(p, body, "swr_forward", outputs, scratch)(*inputs)
+    out, *rest = launch(p, body, "swr_forward", outputs, scratch)(*inputs)
     states = rest.pop(0) if save else None
     return p.as_heads(out), states, rest.pop(0) if exact else None
 
 
-def _enter_block(p: Problem, tile: _Tile, index: Array, own: Array, window: Array):
+def _enter_block(p: Problem, tile: Tile, index: Array, own: Array, window: Array):
     """States at the start of a sub-block: where a block begins, the window moves on."""
 
     def moved() -> tuple[Array, Array]:
@@ -406,7 +177,7 @@ def _enter_block(p: Problem, tile: _Tile, index: Array, own: Array, window: Arra
 
 
 def _load_entering(
-    p: Problem, tile: _Tile, ref: Ref, batch: Array, chunk: Array, heads
+    p: Problem, tile: Tile, ref: Ref, batch: Array, chunk: Array, heads
 ) -> tuple[Array, Array]:
     """Load the states (E, P) that enter a chunk."""
     if p.lookback is None:
@@ -462,23 +233,23 @@ def backward(
         barriers, a_smem, *wide_smem, states_smem, da_smem = scratch
         wide_gmem, states_gmem = arguments[1 : 1 + len(wide)], arguments[1 + len(wide)]
         v_smem, dout_smem, *gates_smem = wide_smem
-        batch, head, chunk, steps = _place(p)
+        batch, head, chunk, steps = place(p)
         heads = pl.ds(head, p.config.heads)
         end = chunk * (p.config.chunk // SUBBLOCK) + steps
         halo = jnp.minimum(p.subblocks - end, p.halo)
         last = end + halo - 1
 
         def part(ref: Ref, step: Array) -> Ref:
-            return _part(p, ref, batch, last - step)
+            return part_of(p, ref, batch, last - step)
 
         def load(step: Array, slot: Array) -> None:
             sources = [part(ref, step) for ref in (arguments[0], *wide_gmem)]
             sources.append(states_gmem.at[batch, last - step, :, heads])
             targets = [ref.at[slot] for ref in (a_smem, *wide_smem, states_smem)]
-            _start_loads(sources, targets, barriers.at[slot])
+            start_loads(sources, targets, barriers.at[slot])
 
         def compute(step: Array, slot: Array, state: tuple) -> tuple:
-            tile = _Tile(p, (last - step) * SUBBLOCK)
+            tile = Tile(p, (last - step) * SUBBLOCK)
             s, mu = _leave_block(p, tile, last - step, *state)
 
             # From left to right: the state before each row, and what the carry-in has decayed by.
@@ -536,32 +307,32 @@ def backward(
                     plgpu.copy_smem_to_gmem(source, part(target, step), commit_group=False)
                 plgpu.commit_smem_to_gmem_group()
 
-        tile = _Tile(p, jnp.int32(0))
+        tile = Tile(p, jnp.int32(0))
         state = (tile.zeros(), tile.zeros())
         if entering is not None:
             right = tile.load(arguments[-1], batch, chunk, 0, heads)
             state = (right, right)
-        state = _walk(steps + halo, slots, load, compute, store, barriers, state)
+        state = walk(steps + halo, slots, load, compute, store, barriers, state)
         if initial:
 
             @pl.when(chunk == 0)
             def _():
                 for i, x in enumerate(state if two else state[:1]):
-                    _store(results[-1].at[batch, i, heads], x)
+                    store_directly(results[-1].at[batch, i, heads], x)
 
     scratch = [
         plgpu.Barrier(num_arrivals=2 + len(wide), num_barriers=slots),
-        _decay_smem(slots, p, a.dtype),
-        *(_smem(slots, p, x.dtype) for x in wide),
+        decay_scratch(slots, p, a.dtype),
+        *(wide_scratch(slots, p, x.dtype) for x in wide),
         plgpu.SMEM((slots, saved, p.config.heads, p.features), jnp.float32),
-        _decay_smem(2, p, a.dtype),
+        decay_scratch(2, p, a.dtype),
     ]
-    da, dv, *rest = _launch(p, body, "swr_backward", outputs, scratch)(*inputs)
+    da, dv, *rest = launch(p, body, "swr_backward", outputs, scratch)(*inputs)
     dgates = None if gates is None else (p.as_heads(rest.pop(0)), p.as_heads(rest.pop(0)))
     return da, p.as_heads(dv), dgates, rest.pop(0) if initial else None
 
 
-def _leave_block(p: Problem, tile: _Tile, index: Array, s: Array, mu: Array):
+def _leave_block(p: Problem, tile: Tile, index: Array, s: Array, mu: Array):
     """Cotangent states at the end of a sub-block: where a block ends, the window moves on."""
     if p.lookback is None:
         return s, mu
@@ -591,7 +362,7 @@ def reduce(p: Problem, a: Array, factors: Sequence[Array], *, reverse: bool) -> 
     def body(a_gmem, *refs):
         factors_gmem, refs = refs[: len(factors)], refs[len(factors) :]
         products_gmem, states_gmem, barriers, a_smem, *factors_smem = refs
-        batch, head, chunk, steps = _place(p)
+        batch, head, chunk, steps = place(p)
         heads = pl.ds(head, p.config.heads)
         first = chunk * (p.config.chunk // SUBBLOCK)
 
@@ -599,12 +370,12 @@ def reduce(p: Problem, a: Array, factors: Sequence[Array], *, reverse: bool) -> 
             return first + (steps - 1 - step if reverse else step)
 
         def load(step: Array, slot: Array) -> None:
-            sources = [_part(p, ref, batch, index(step)) for ref in (a_gmem, *factors_gmem)]
+            sources = [part_of(p, ref, batch, index(step)) for ref in (a_gmem, *factors_gmem)]
             targets = [ref.at[slot] for ref in (a_smem, *factors_smem)]
-            _start_loads(sources, targets, barriers.at[slot])
+            start_loads(sources, targets, barriers.at[slot])
 
         def compute(step: Array, slot: Array, state: tuple) -> tuple:
-            tile = _Tile(p, index(step) * SUBBLOCK)
+            tile = Tile(p, index(step) * SUBBLOCK)
             product, x = state
             for row in reversed(range(SUBBLOCK)) if reverse else range(SUBBLOCK):
                 decay, spread = tile.decay(a_smem.at[slot], row)
@@ -615,13 +386,13 @@ def reduce(p: Problem, a: Array, factors: Sequence[Array], *, reverse: bool) -> 
                 product = product * decay
             return product, x
 
-        tile = _Tile(p, jnp.int32(0))
+        tile = Tile(p, jnp.int32(0))
         ones = plgpu.layout_cast(jnp.ones((p.config.heads,), jnp.float32), tile.decay_layout)
-        product, x = _walk(
+        product, x = walk(
             steps, slots, load, compute, lambda *_: None, barriers, (ones, tile.zeros())
         )
-        _store(products_gmem.at[batch, chunk, heads], product)
-        _store(states_gmem.at[batch, chunk, heads], x)
+        store_directly(products_gmem.at[batch, chunk, heads], product)
+        store_directly(states_gmem.at[batch, chunk, heads], x)
 
     outputs = [
         jax.ShapeDtypeStruct((p.batch, p.chunks, p.padded_heads), jnp.float32),
@@ -629,8 +400,8 @@ def reduce(p: Problem, a: Array, factors: Sequence[Array], *, reverse: bool) -> 
     ]
     scratch = [
         plgpu.Barrier(num_arrivals=1 + len(factors), num_barriers=slots),
-        _decay_smem(slots, p, a.dtype),
-        *(_smem(slots, p, x.dtype) for x in factors),
+        decay_scratch(slots, p, a.dtype),
+        *(wide_scratch(slots, p, x.dtype) for x in factors),
     ]
-    products, states = _launch(p, body, "swr_reduce", outputs, scratch)(a, *factors)
+    products, states = launch(p, body, "swr_reduce", outputs, scratch)(a, *factors)
     return products, states
