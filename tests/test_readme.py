@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from swr_jax.benchmark import predictions
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "experiments" / "results"
@@ -28,6 +30,15 @@ def test_tables_are_the_committed_results(study):
     spec.loader.exec_module(comparison)
     results = json.loads((RESULTS / f"compare_{study}.json").read_text())
     assert comparison.table(results) in README
+
+
+@pytest.mark.parametrize(("platform", "chip"), [("gpu", "h100"), ("tpu", "v5e")])
+def test_predictions_are_the_committed_reports(platform, chip):
+    record = json.loads((RESULTS / f"kernels_{platform}.json").read_text())
+    reports = [report for report in record["reports"] if report["chip"]["name"] == chip]
+    assert predictions.table(reports) in README
+    for report in record["reports"]:
+        assert report["broken_budgets"] == [], (report["name"], report["chip"]["name"])
 
 
 def test_pictures_and_files_that_it_names_exist():

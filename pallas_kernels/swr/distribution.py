@@ -21,7 +21,14 @@ Array = jax.Array
 SPLIT = ("b", "h")
 
 
-def distributed(fn: Callable, arguments: tuple, axes: Sequence[str], results: Any) -> Any:
+def distributed(
+    fn: Callable,
+    arguments: tuple,
+    axes: Sequence[str],
+    results: Any,
+    *,
+    automatic: bool = True,
+) -> Any:
     """Return fn(*arguments), each device doing its own batch elements and heads.
 
     Nothing is communicated. Under `vmap` the mapped axis becomes part of the batch. Under
@@ -33,6 +40,7 @@ def distributed(fn: Callable, arguments: tuple, axes: Sequence[str], results: An
         arguments: its arguments.
         axes: for each argument the letters of the axes of its arrays.
         results: tree like what fn returns, with letters for arrays.
+        automatic: whether the compiler may split fn; that of TPUs cannot.
     """
     leaves, tree = jax.tree.flatten(arguments)
     inputs = [
@@ -48,13 +56,15 @@ def distributed(fn: Callable, arguments: tuple, axes: Sequence[str], results: An
         return tuple(found)
 
     names = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
-    found = _batched(flat, inputs, outputs)(*leaves)
+    found = _batched(flat, inputs, outputs, automatic)(*leaves)
     return jax.tree.unflatten(results_tree, [_varying(x, names) for x in found])
 
 
-def _batched(fn: Callable, inputs: Sequence[str], outputs: Sequence[str]) -> Callable:
+def _batched(
+    fn: Callable, inputs: Sequence[str], outputs: Sequence[str], automatic: bool
+) -> Callable:
     """Make `vmap` of fn a call with a larger batch."""
-    batched = custom_vmap(_partitioned(fn, inputs, outputs))
+    batched = custom_vmap(_partitioned(fn, inputs, outputs, automatic))
 
     @batched.def_vmap
     def _(size: int, in_batched: Sequence[bool], *arrays: Array):
@@ -64,7 +74,7 @@ def _batched(fn: Callable, inputs: Sequence[str], outputs: Sequence[str]) -> Cal
             return x.reshape(-1, *x.shape[2:])
 
         merged = [merge(*pair) for pair in zip(arrays, in_batched, strict=True)]
-        found = _batched(fn, inputs, outputs)(*merged)
+        found = _batched(fn, inputs, outputs, automatic)(*merged)
         split = tuple(x.reshape(size, -1, *x.shape[1:]) for x in found)
         return split, (True,) * len(split)
 
@@ -76,12 +86,16 @@ def _varying(x: Array, axes: frozenset[str]) -> Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def _partitioned(fn: Callable, inputs: Sequence[str], outputs: Sequence[str]) -> Callable:
+def _partitioned(
+    fn: Callable, inputs: Sequence[str], outputs: Sequence[str], automatic: bool
+) -> Callable:
     """Split fn over "b" and "h": as the compiler finds best, or as explicit shardings say."""
     if simulated_platform():  # It orders its effects, which a custom partitioning cannot carry.
         return fn
     if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
         return functools.partial(_by_explicit_shardings, fn, inputs, outputs)
+    if not automatic:
+        return fn
 
     def partition(mesh: Mesh, arguments, _):
         shardings = [argument.sharding.spec for argument in arguments]

@@ -79,7 +79,7 @@ def block_two_pass(
 
     if gates is not None:
         groups = heads // gates[0].shape[2]
-        gates = tuple(x if groups == 1 else jnp.repeat(x, groups, axis=2) for x in gates)
+        gates = tuple(_repeat_heads(x, groups) for x in gates)
     options = _Options(SUBBLOCK if lookback is None else block_size, lookback, config)
     return _solve(options, a, v, gates, local, previous)
 
@@ -123,6 +123,22 @@ def _pad_end(x: Array, shape: tuple[int, ...], value: float) -> Array:
         return x
     widths = [(0, new - old) for new, old in zip(shape, x.shape, strict=True)]
     return jnp.pad(x, widths, constant_values=value)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _repeat_heads(x: Array, groups: int) -> Array:
+    """[B, T, K, D] -> [B, T, K * groups, D]; gradients are summed in float32 in any dtype."""
+    return x if groups == 1 else jnp.repeat(x, groups, axis=2)
+
+
+def _sum_heads(groups: int, _, dx: Array) -> tuple[Array]:
+    if groups == 1:
+        return (dx,)
+    parts = dx.reshape(*dx.shape[:2], -1, groups, dx.shape[3])
+    return (jnp.sum(parts, axis=3, dtype=jnp.float32).astype(dx.dtype),)
+
+
+_repeat_heads.defvjp(lambda x, groups: (_repeat_heads(x, groups), None), _sum_heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,9 +261,7 @@ class _Folding:
         da = da[:, : self.shape[1], : self.rows]
         if self.parts == 1:
             return da
-        return jnp.sum(da.reshape(*self.shape[:3], self.parts), axis=3, dtype=jnp.float32).astype(
-            dtype
-        )
+        return jnp.sum(da.reshape(*self.shape[:3], self.parts), axis=3).astype(dtype)
 
     def fold_states(self, x: Array | None) -> Array | None:
         """States [..., H, D] -> [..., rows of whole tiles, F]."""
@@ -307,8 +321,10 @@ def _backward(options, a, v, gates, local, previous, states, dx, dfinal):
             # From right to left the chunks are those of a forward recurrence.
             entering = _chunk_states(products[:, ::-1], ends[:, ::-1], dfinal)[:, ::-1, None]
     initial = local is not None or previous is not None
+    # Parts of a head each have their own da: these are rounded after they have been summed.
+    da_dtype = a.dtype if folding.parts == 1 else jnp.dtype(jnp.float32)
     da, dv, dgates, dstates = kernels.backward(
-        p, a, v, gates, states, dx, entering, initial=initial
+        p, a, v, gates, states, dx, entering, da_dtype=da_dtype, initial=initial
     )
     return (
         folding.unfold_decays(da, a_dtype),

@@ -198,6 +198,7 @@ def backward(
     dout: Array,
     entering: Array | None,
     *,
+    da_dtype: jnp.dtype,
     initial: bool,
 ) -> tuple[Array, Array, tuple[Array, Array] | None, Array | None]:
     """Return the gradients of a, v, the gates, and of the states before the first token.
@@ -209,6 +210,7 @@ def backward(
         dout: cotangent of the output, dtype of v.
         entering: for the exact recurrence, the cotangent state that enters each chunk from its
             right, [B, chunks, 1, H'', F], float32; None for zero.
+        da_dtype: dtype of da.
         initial: whether the gradient of the states before the first token is wanted.
 
     Returns:
@@ -219,8 +221,8 @@ def backward(
     two = p.two_states
     wide = tuple(map(p.as_lines, (v, dout) if gates is None else (v, dout, *gates)))
     inputs = [a, *wide, states] + ([] if entering is None else [entering])
-    gradients_of = (a, wide[0], *wide[2:])
-    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in gradients_of]
+    outputs = [jax.ShapeDtypeStruct(a.shape, da_dtype)]
+    outputs += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (wide[0], *wide[2:])]
     if initial:
         shape = (p.batch, 2 if two else 1, p.padded_heads, p.features)
         outputs.append(jax.ShapeDtypeStruct(shape, jnp.float32))
@@ -284,7 +286,7 @@ def backward(
                     terms = terms + mu * left
                     seen = seen + left
                 da = jnp.sum(terms, axis=1)
-                da_smem[lax.rem(step, jnp.int32(2)), row] = da.astype(a.dtype)
+                da_smem[lax.rem(step, jnp.int32(2)), row] = da.astype(da_dtype)
                 dv = s
                 if gates is not None:
                     value = tile.load(v_smem, slot, row)
@@ -325,7 +327,7 @@ def backward(
         decay_scratch(slots, p, a.dtype),
         *(wide_scratch(slots, p, x.dtype) for x in wide),
         plgpu.SMEM((slots, saved, p.config.heads, p.features), jnp.float32),
-        decay_scratch(2, p, a.dtype),
+        decay_scratch(2, p, da_dtype),
     ]
     da, dv, *rest = launch(p, body, "swr_backward", outputs, scratch)(*inputs)
     dgates = None if gates is None else (p.as_heads(rest.pop(0)), p.as_heads(rest.pop(0)))

@@ -216,6 +216,7 @@ def _solve_backward(window, residuals, cotangents):
         (a, v, gates, local, previous, starts, *cotangents),
         ("bth", "btdh", "btdh", "bdh", "bdh", "bskdh", "btdh", "bdh"),
         gradients,
+        automatic=False,
     )
 
 
@@ -228,6 +229,7 @@ def _run_forward(window, a, v, gates, local, previous, *, save):
         (a, v, gates, local, previous),
         ("bth", "btdh", "btdh", "bdh", "bdh"),
         ("btdh", "bskdh" if save else None, "bdh" if window.lookback is None else None),
+        automatic=False,
     )
 
 

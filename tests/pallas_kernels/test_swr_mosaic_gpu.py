@@ -193,7 +193,7 @@ def test_a_carrier_alone_is_an_initial_state():
     ],
 )
 def test_low_precision_is_rounded_only_when_read_and_written(decay, value, tolerance):
-    arguments = draw_case(35, 5, 16, True, 1)
+    arguments = draw_case(35, 4, 32, True, 1, gate_heads=2)
     for name in ("a", "b", "c", "v"):
         arguments[name] = jnp.asarray(arguments[name], decay if name == "a" else value)
     check(arguments, block_size=16, lookback=1, config=None, tolerance=tolerance)
