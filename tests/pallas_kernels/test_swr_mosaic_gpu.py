@@ -152,8 +152,9 @@ def test_output_and_every_gradient(length, lookback, block_size, gated):
 @pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("lookback", [0, 1, None])
-@pytest.mark.parametrize("length", [15, 32, 33, 257, 1031])
-@pytest.mark.parametrize(("heads", "features"), [(1, 16), (21, 8), (5, 48)])
+@pytest.mark.parametrize(
+    ("length", "heads", "features"), [(15, 1, 16), (33, 21, 8), (257, 5, 48), (1031, 3, 16)]
+)
 def test_output_and_every_gradient_over_the_matrix(length, lookback, gated, heads, features):
     arguments = draw_case(length, heads, features, gated, lookback, batch=1)
     for block_size in (16, 128):
