@@ -55,6 +55,7 @@ report:
 	$(MAKE) .venv-targets/.test VENV=.venv-targets EXTRAS=test,targets
 	.venv-targets/bin/python experiments/kernel_report.py --platform=gpu $(ARGS)
 	.venv-targets/bin/python experiments/kernel_report.py --platform=tpu $(ARGS)
+	.venv-targets/bin/python experiments/tpu_baselines.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV_PYTHON) -m ruff check .

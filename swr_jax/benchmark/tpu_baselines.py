@@ -1,0 +1,168 @@
+"""The TPU kernels beside what XLA makes of the same recurrence, as the TPU's compiler predicts.
+
+All at a constant number of tokens, T from 2k to 128k, H 128, D 16, bfloat16 in and out, float32
+inside, heads in the minor axis (which suits the chip, and associative_scan too). XLA's programs are
+given the time that their compiler estimates, kernels the larger of memory and issue time. The scan
+has no window. Forward and backward together return the output and both gradients; the floor counts
+decays, inputs and cotangents read once, outputs and gradients written once.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import targets
+from pallas_kernels.swr.mosaic_tpu import block_two_pass_heads_minor
+
+TOKENS, HEADS, FEATURES = 65536, 128, 16
+LENGTHS = (2048, 8192, 32768, 131072)
+CHIPS = ("v5e", "v5p", "v6e")
+MODES = ("forward", "forward+backward")
+KERNELS = {"window kernel": 1, "exact kernel": None}
+
+
+def associative_scan(a: jax.Array, u: jax.Array) -> jax.Array:
+    """Exact recurrence over [B, T, D, H] by `jax.lax.associative_scan`."""
+
+    def combine(left, right):
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    a, wide = a[:, :, None].astype(jnp.float32), u.astype(jnp.float32)
+    return jax.lax.associative_scan(combine, (a, wide), axis=1)[1].astype(u.dtype)
+
+
+def _kernel(lookback: int | None) -> Callable:
+    def run(a: jax.Array, u: jax.Array) -> jax.Array:
+        return block_two_pass_heads_minor(a, u, None, None, None, block_size=16, lookback=lookback)[
+            0
+        ]
+
+    return run
+
+
+PROGRAMS = {"associative_scan": associative_scan}
+
+
+def _arguments(length: int, mode: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+    batch = max(1, TOKENS // length)
+    u = jax.ShapeDtypeStruct((batch, length, FEATURES, HEADS), jnp.bfloat16)
+    a = jax.ShapeDtypeStruct((batch, length, HEADS), jnp.bfloat16)
+    return (a, u) if mode == "forward" else (a, u, u)
+
+
+def _both(fn: Callable) -> Callable:
+    def run(a, u, dx):
+        x, pull = jax.vjp(fn, a, u)
+        return x, pull(dx)
+
+    return run
+
+
+def predict(chip: str, kind: str) -> Iterator[dict]:
+    """Yield predictions for a chip; a process can do one kind only.
+
+    Args:
+        chip: one of `CHIPS`.
+        kind: "programs" (XLA's) or "kernels" (ours).
+    """
+    contestants = PROGRAMS if kind == "programs" else {k: _kernel(v) for k, v in KERNELS.items()}
+    for length in LENGTHS:
+        for mode in MODES:
+            arguments = _arguments(length, mode)
+            for name, fn in contestants.items():
+                fn = fn if mode == "forward" else _both(fn)
+                compile_ = targets.compile_program if kind == "programs" else targets.compile_for
+                report = compile_(chip, fn, *arguments, name=name)
+                seconds = report.cycles_seconds if kind == "programs" else report.seconds
+                least = report.argument_bytes + report.output_bytes
+                yield {
+                    "chip": chip,
+                    "tokens": length,
+                    "batch": arguments[0].shape[0],
+                    "mode": mode,
+                    "contestant": name,
+                    "seconds": seconds,
+                    "floor_seconds": least / report.chip.hbm_bytes_per_second,
+                    "temporary_bytes": report.temporary_bytes,
+                    "jax": report.jax_version,
+                }
+
+
+def table(predictions: list[dict], tokens: int) -> str:
+    """Markdown: times and ratios at one length."""
+    lines = [
+        "| chip | | `associative_scan`, us | window kernel, us | times faster | exact kernel, us "
+        "| times faster | temporary memory of the scan, of the kernels |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for chip in CHIPS:
+        for mode in MODES:
+            found = {
+                row["contestant"]: row
+                for row in predictions
+                if (row["chip"], row["mode"], row["tokens"]) == (chip, mode, tokens)
+            }
+            scan = found["associative_scan"]
+            cells = [chip, mode, f"{scan['seconds'] * 1e6:,.0f}"]
+            for name in KERNELS:
+                seconds = found[name]["seconds"]
+                cells += [f"{seconds * 1e6:,.0f}", f"{scan['seconds'] / seconds:.1f}"]
+            memory = max(found[name]["temporary_bytes"] for name in KERNELS)
+            cells.append(f"{scan['temporary_bytes'] / 2**30:.1f} GiB, {memory / 2**20:.1f} MiB")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(record: dict, path: Path) -> None:
+    """Draw time over the floor against length, a panel for each chip and mode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(MODES), len(CHIPS), figsize=(13, 7.5), sharex=True, sharey=True)
+    styles = {
+        "associative_scan": ("tab:red", "D", "--"),
+        "window kernel": ("tab:blue", "o", "-"),
+        "exact kernel": ("tab:green", "^", ":"),
+    }
+    for row, mode in enumerate(MODES):
+        for column, chip in enumerate(CHIPS):
+            axis = axes[row, column]
+            for name, (color, marker, style) in styles.items():
+                points = [
+                    (p["tokens"], p["seconds"] / p["floor_seconds"])
+                    for p in record["predictions"]
+                    if (p["chip"], p["mode"], p["contestant"]) == (chip, mode, name)
+                ]
+                axis.plot(
+                    *zip(*points, strict=True),
+                    color=color,
+                    marker=marker,
+                    linestyle=style,
+                    label=name,
+                )
+            axis.axhline(1, color="black", linewidth=0.8)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xticks(LENGTHS, [f"{length // 1024}k" for length in LENGTHS])
+            axis.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+            axis.minorticks_off()
+            axis.grid(True, alpha=0.3)
+            axis.set_title(f"{chip}, {mode}", fontsize=10)
+            if column == 0:
+                axis.set_ylabel("times the memory floor")
+            if row == len(MODES) - 1:
+                axis.set_xlabel("tokens T")
+    axes[0, 0].legend(fontsize=8)
+    where = record["environment"]
+    figure.suptitle(
+        f"Predicted by the TPU's compiler, {TOKENS} tokens, H {HEADS}, D {FEATURES}, bfloat16\n"
+        f"jax {where['jax']}, commit {where['commit']}",
+        fontsize=11,
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
