@@ -17,7 +17,6 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType
 
 from swr_jax.ops.block_two_pass import reduce_block
-from swr_jax.ops.evaluation import evaluate
 from swr_jax.ops.state import RecurrenceState
 
 Array = jax.Array
@@ -107,41 +106,46 @@ def over_mesh(
 
 
 def _before_window(a, v, gates, parts, block_size, lookback, dtype):
-    """Return the state that this device's part starts from: None, carriers, or mid-block."""
-    time = v.shape[1]
+    """Return the state that this device's part starts from: None, carriers, or mid-block.
+
+    What the neighbour hands on is, for the block that is under way at the cut and for each of the
+    `lookback` before it, the state that its tokens have made, decayed up to the cut.
+    """
+    batch, time, heads, features = v.shape
     aligned = time % block_size == 0
     if aligned and lookback == 0:
         return None
-    # Of a state, nothing is older than the tokens from the block `lookback` blocks back.
-    reach = slice(time - (lookback + 1) * block_size, None)
-    batch, _, heads, features = v.shape
-    start = lax.axis_index(SEQUENCE_AXIS) * (time % block_size)
+    reach = (lookback + 1) * block_size
+    position = (lax.axis_index(SEQUENCE_AXIS) * time) % block_size
+    end = (position + time) % block_size
+    block = (end + jnp.arange(reach)) // block_size  # of the last tokens; the last is under way
+    a, v = a[:, -reach:], v[:, -reach:].astype(dtype)
+    if gates is not None:
+        v = jnp.repeat(gates[0][:, -reach:], heads // gates[0].shape[2], axis=2).astype(dtype) * v
+    # In the order of `RecurrenceState`: the block under way, then the carriers, newest first.
+    ages = range(1 if aligned else 0, lookback + 1)
+    message = [
+        reduce_block(
+            a[:, None, :, :, None, None],
+            (jnp.where((block == lookback + 1 - age)[:, None, None], v, 0)[:, None, :, :, None],),
+            dtype=dtype,
+        )[1]
+        for age in ages
+    ]
+    message = jnp.concatenate(message, axis=1).reshape(batch, -1, heads, features)
+    message = lax.ppermute(message, SEQUENCE_AXIS, [(i, i + 1) for i in range(parts - 1)])
+    if aligned and lookback == 1:
+        return message[:, 0]
     zeros = RecurrenceState.zeros(
         batch, heads, features, block_size=block_size, lookback=lookback, dtype=dtype
     )
-
-    def at(position: Array) -> RecurrenceState:
-        position = jnp.broadcast_to(position % block_size, (batch,)).astype(jnp.int32)
-        return zeros.replace(position=position)
-
-    _, after = evaluate(
-        "xla",
-        a[:, reach],
-        v[:, reach],
-        None if gates is None else (gates[0][:, reach], gates[1][:, reach]),
-        block_size=block_size,
-        lookback=lookback,
-        initial_state=None if aligned else at(start + time),
-        return_state=True,
-        dtype=dtype,
-    )
-    message = after.decays[..., None] * after.carriers
-    if not aligned:
-        message = jnp.concatenate([after.local[:, None], message], axis=1)
-    message = lax.ppermute(message, SEQUENCE_AXIS, [(i, i + 1) for i in range(parts - 1)])
     if aligned:
-        return zeros.replace(carriers=message) if lookback > 1 else message[:, 0]
-    return at(start).replace(local=message[:, 0], carriers=message[:, 1:])
+        return zeros.replace(carriers=message)
+    return zeros.replace(
+        local=message[:, 0],
+        carriers=message[:, 1:],
+        position=jnp.broadcast_to(position, (batch,)).astype(jnp.int32),
+    )
 
 
 def _before_exact(a, v, gates, parts, block_size, lookback, dtype):
