@@ -115,27 +115,40 @@ def _by_kernel(module, a, v, gates, initial_state, return_state, *, block_size, 
     out = _take(out, position, time)
     if not return_state:
         return out, None
-    zeros = RecurrenceState.zeros(*shape, block_size=block_size, lookback=lookback)
     if lookback is None:
-        return out, zeros.replace(local=final)
-
-    # The state is that of the last blocks: too few for a kernel.
-    blocks = -(-a.shape[1] // block_size)
-    skipped = max(0, blocks - (lookback + 2)) * block_size
-    tail = [x[:, skipped:] for x in (a, v, *(gates or ()))]
-    a, *factors = _frame(
-        tail[0], tail[1], tuple(tail[2:]) or None, None, blocks * block_size - skipped
+        state = RecurrenceState.zeros(*shape, block_size=block_size, lookback=None)
+        return out, state.replace(local=final)
+    return out, _state_from_last_blocks(
+        a, v, gates, initial_state, position, time, block_size=block_size, lookback=lookback
     )
-    factors = (factors[0],) if gates is None else (factors[1][0], factors[0])
-    groups = factors[0].shape[2]
+
+
+def _state_from_last_blocks(
+    a, v, gates, initial_state, position, time, *, block_size, lookback
+) -> RecurrenceState:
+    """Return the state after `time` tokens of a frame, from its last blocks: too few for a kernel.
+
+    The last token lies in one of the last two blocks, so that no more than the last lookback + 2
+    matter; where there are others, what came before the first token does not matter either.
+    """
+    batch, length, heads, features = v.shape
+    blocks = -(-length // block_size)
+    skipped = max(0, blocks - (lookback + 2)) * block_size
+    a, v, gates = jax.tree.map(lambda x: x[:, skipped:], (a, v, gates))
+    a, v, gates = _frame(a, v, gates, None, blocks * block_size - skipped)
+    factors = (v,) if gates is None else (gates[0], v)
     block_decays, carriers = xla.reduce_block(
-        _fold(a, block_size, groups),
-        tuple(_fold(factor, block_size, groups) for factor in factors),
+        _fold(a, block_size, factors[0].shape[2]),
+        tuple(_fold(factor, block_size, factors[0].shape[2]) for factor in factors),
         dtype=jnp.dtype(jnp.float32),
     )
     if skipped:
-        initial_state = zeros if position is None else zeros.replace(position=position)
-    return out, state_after(
+        initial_state = RecurrenceState.zeros(
+            batch, heads, features, block_size=block_size, lookback=lookback
+        )
+        if position is not None:
+            initial_state = initial_state.replace(position=position)
+    return state_after(
         time - skipped,
         block_decays.reshape(batch, -1, heads),
         carriers.reshape(batch, -1, heads, features),
