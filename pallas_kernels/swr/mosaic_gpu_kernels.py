@@ -181,7 +181,7 @@ def _load_entering(
 ) -> tuple[Array, Array]:
     """Load the states (E, P) that enter a chunk."""
     if p.lookback is None:
-        state = tile.load(ref, batch, chunk, 0, heads)
+        state = _untyped(tile.load(ref, batch, chunk, 0, heads))
         return state, state
     is_first = chunk == 0
     states = (tile.load(ref, batch, 0, i, heads) for i in range(2))
@@ -312,7 +312,7 @@ def backward(
         tile = Tile(p, jnp.int32(0))
         state = (tile.zeros(), tile.zeros())
         if entering is not None:
-            right = tile.load(arguments[-1], batch, chunk, 0, heads)
+            right = _untyped(tile.load(arguments[-1], batch, chunk, 0, heads))
             state = (right, right)
         state = walk(steps + halo, slots, load, compute, store, barriers, state)
         if initial:
@@ -332,6 +332,15 @@ def backward(
     da, dv, *rest = launch(p, body, "swr_backward", outputs, scratch)(*inputs)
     dgates = None if gates is None else (p.as_heads(rest.pop(0)), p.as_heads(rest.pop(0)))
     return da, p.as_heads(dv), dgates, rest.pop(0) if initial else None
+
+
+def _untyped(x: Array) -> Array:
+    """Return x with the type of what is computed here.
+
+    Under `shard_map` what is loaded from an argument varies over the mesh, by its type, but what is
+    computed from it inside a kernel does not; and a loop's state must keep its type.
+    """
+    return x * jnp.float32(1)
 
 
 def _leave_block(p: Problem, tile: Tile, index: Array, s: Array, mu: Array):
