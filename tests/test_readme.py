@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from swr_jax.benchmark import predictions
+from swr_jax.benchmark import predictions, tpu_baselines
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -39,6 +39,11 @@ def test_predictions_are_the_committed_reports(platform, chip):
     assert predictions.table(reports) in README
     for report in record["reports"]:
         assert report["broken_budgets"] == [], (report["name"], report["chip"]["name"])
+
+
+def test_the_tpu_comparison_is_the_committed_one():
+    predictions = json.loads((RESULTS / "tpu_baselines.json").read_text())["predictions"]
+    assert tpu_baselines.table(predictions, 8192) in README
 
 
 def test_pictures_and_files_that_it_names_exist():
