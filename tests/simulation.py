@@ -2,38 +2,44 @@
 
 import contextlib
 
+import jax
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu_interpreter
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as gpu_interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
+
+CHECKED = {"detect_races": True, "uninitialized_memory": "nan"}
 
 
 @contextlib.contextmanager
 def simulated_gpu():
     """Run the Mosaic GPU kernels that are traced under it on the CPU."""
-    parameters = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     try:
-        with plgpu.force_gpu_interpret_mode(parameters):
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**CHECKED)):
             yield
-        # Newer versions of JAX raise at once, older ones only remember.
-        assert gpu_callbacks._races is None or not gpu_callbacks.get_races().races_found
-    except BaseException:
+        jax.effects_barrier()  # Kernels may still be running.
+        assert_no_race(gpu_interpreter._races)
+    finally:
         # What an interrupted kernel leaves behind would fail every later one.
-        gpu_callbacks.reset_gpu_interpret_mode_state()
-        raise
+        gpu_interpreter.reset_gpu_interpret_mode_state()
 
 
 @contextlib.contextmanager
-def simulated_tpu():
+def simulated_tpu(cores=1):
     """Run the Mosaic TPU kernels that are traced under it on the CPU."""
-    parameters = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    parameters = pltpu.InterpretParams(**CHECKED, num_cores_or_threads=cores)
     try:
         with pltpu.force_tpu_interpret_mode(parameters):
             yield
-        assert tpu_interpreter.races is None or not tpu_interpreter.races.races_found
-    except BaseException:
+        jax.effects_barrier()
+        assert_no_race(tpu_interpreter.races)
+    finally:
         tpu_interpreter.reset_tpu_interpret_mode_state()
-        raise
+
+
+def assert_no_race(races):
+    """Newer versions of JAX raise at once, older ones only remember."""
+    assert races is None or not races.races_found
 
 
 SIMULATED = {"mosaic_gpu": simulated_gpu, "mosaic_tpu": simulated_tpu}

@@ -41,8 +41,8 @@ def _entry(gated: bool, lookback: int | None, block_size: int, backward: bool) -
         x, pull = jax.vjp(forward, *arguments)
         return x, pull(dx)
 
-    launches, moved = _launches(problem, backward)
     inputs = 3 if gated else 1
+    launches, moved = _launches(problem, inputs, backward)
     minimum = NARROW + (inputs + 1) * WIDE
     if backward:  # a and the wide inputs and dx, then their gradients.
         minimum += 2 * NARROW + (2 * inputs + 1) * WIDE
@@ -65,13 +65,15 @@ def _entry(gated: bool, lookback: int | None, block_size: int, backward: bool) -
     )
 
 
-def _launches(p: Problem, backward: bool) -> tuple[tuple[Launch, ...], int]:
-    """Return what the kernels do in their loops, and the bytes that they move altogether."""
+def _launches(p: Problem, inputs: int, backward: bool) -> tuple[tuple[Launch, ...], int]:
+    """Return what the kernels do in their loops, and the bytes that they move altogether.
+
+    `inputs` counts the arrays like v: one, or three with gates.
+    """
     steps = p.config.chunk // SUBBLOCK + p.halo
     # Of every chunk but one (the first forward, the last backward), halo tokens are read again.
     again = 1 + (p.chunks - 1) * p.halo * SUBBLOCK / TIME
     states = p.saved_states * WIDE * 4 // DTYPE.dtype.itemsize // SUBBLOCK
-    inputs = 3 if p.gated else 1
 
     def launch(kernel: str, slots: int, wide: int, states: int) -> Launch:
         """`wide` arrays and `states` states are loaded."""
@@ -87,7 +89,7 @@ def _launches(p: Problem, backward: bool) -> tuple[tuple[Launch, ...], int]:
         moved += states  # Written by the forward, and read with all else.
         moved += again * ((inputs + 1) * WIDE + NARROW + states) + inputs * WIDE + NARROW
     if p.lookback is None:
-        factors = 2 if p.gated else 1
+        factors = min(inputs, 2)  # The output's gate has no part in the states.
         launches.append(launch("swr_reduce", config.forward_slots, factors, 0))
         moved += (1 + backward) * (factors * WIDE + NARROW)
     return tuple(launches), round(moved)

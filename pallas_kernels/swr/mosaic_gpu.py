@@ -7,7 +7,6 @@ of 16 bytes, fewer than 16 tokens or 8 heads) is padded.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jax import lax
 
 from pallas_kernels.interpreter import simulated_platform
 from pallas_kernels.swr import mosaic_gpu_kernels as kernels
-from pallas_kernels.swr.distribution import distributed
+from pallas_kernels.swr.gradient import differentiable, repeat_heads
 from pallas_kernels.swr.mosaic_gpu_pipeline import Problem
 from pallas_kernels.swr.tuning import (
     LONGEST_BLOCK,
@@ -78,8 +77,7 @@ def block_two_pass(
         raise ValueError(f"previous is given with {lookback=}: only lookback 1 has a carrier")
 
     if gates is not None:
-        groups = heads // gates[0].shape[2]
-        gates = tuple(_repeat_heads(x, groups) for x in gates)
+        gates = tuple(repeat_heads(x, heads, axis=2) for x in gates)
     options = _Options(SUBBLOCK if lookback is None else block_size, lookback, config)
     return _solve(options, a, v, gates, local, previous)
 
@@ -125,70 +123,11 @@ def _pad_end(x: Array, shape: tuple[int, ...], value: float) -> Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _repeat_heads(x: Array, groups: int) -> Array:
-    """[B, T, K, D] -> [B, T, K * groups, D]; gradients are summed in float32 in any dtype."""
-    return x if groups == 1 else jnp.repeat(x, groups, axis=2)
-
-
-def _sum_heads(groups: int, _, dx: Array) -> tuple[Array]:
-    if groups == 1:
-        return (dx,)
-    parts = dx.reshape(*dx.shape[:2], -1, groups, dx.shape[3])
-    return (jnp.sum(parts, axis=3, dtype=jnp.float32).astype(dx.dtype),)
-
-
-_repeat_heads.defvjp(lambda x, groups: (_repeat_heads(x, groups), None), _sum_heads)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Options:
     block_size: int
     lookback: int | None
     config: TuningConfig | None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _solve(
-    options: _Options, a: Array, v: Array, gates: Gates, local: Array | None, previous: Array | None
-) -> tuple[Array, Array | None]:
-    x, _, final = _run_forward(options, a, v, gates, local, previous, save=False)
-    return x, final
-
-
-def _solve_forward(options, a, v, gates, local, previous):
-    x, states, final = _run_forward(options, a, v, gates, local, previous, save=True)
-    return (x, final), (a, v, gates, local, previous, states)
-
-
-def _solve_backward(options, residuals, cotangents):
-    a, v, gates, local, previous, states = residuals
-    gradients = (
-        "bth",
-        "bthd",
-        None if gates is None else ("bthd", "bthd"),
-        None if local is None else "bhd",
-        None if previous is None else "bhd",
-    )
-    return distributed(
-        functools.partial(_backward, options),
-        (a, v, gates, local, previous, states, *cotangents),
-        ("bth", "bthd", "bthd", "bhd", "bhd", "bskhd", "bthd", "bhd"),
-        gradients,
-    )
-
-
-_solve.defvjp(_solve_forward, _solve_backward)
-
-
-def _run_forward(options, a, v, gates, local, previous, *, save):
-    results = ("bthd", "bskhd" if save else None, "bhd" if options.lookback is None else None)
-    return distributed(
-        functools.partial(_forward, options, save=save),
-        (a, v, gates, local, previous),
-        ("bth", "bthd", "bthd", "bhd", "bhd"),
-        results,
-    )
 
 
 class _Folding:
@@ -210,7 +149,6 @@ class _Folding:
             features=self.width,
             block_size=options.block_size,
             lookback=options.lookback,
-            gated=gates is not None,
             continued=continued,
             config=config,
         )
@@ -333,6 +271,9 @@ def _backward(options, a, v, gates, local, previous, states, dx, dfinal):
         None if local is None else folding.unfold_states(dstates[:, 0]),
         None if previous is None else folding.unfold_states(dstates[:, 1]),
     )
+
+
+_solve = differentiable(_forward, _backward, "bthd", automatic=True)
 
 
 def _chunk_states(products: Array, ends: Array, first: Array | None) -> Array:

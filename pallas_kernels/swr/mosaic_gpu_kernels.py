@@ -95,8 +95,7 @@ def forward(
         results, (barriers, a_smem, *wide_smem) = refs[: len(outputs)], refs[len(outputs) :]
         a_gmem, *wide_gmem = arguments[: 1 + len(wide)]
         states_gmem = results[1] if save else None
-        batch, head, chunk, steps = place(p)
-        heads = pl.ds(head, p.config.heads)
+        batch, heads, chunk, steps = place(p)
         halo = jnp.where(chunk == 0, 0, p.halo)
         first = chunk * (p.config.chunk // SUBBLOCK) - halo
 
@@ -111,9 +110,7 @@ def forward(
         def compute(step: Array, slot: Array, state: tuple) -> tuple:
             index = first + step
             tile = Tile(p, index * SUBBLOCK)
-            own, window = state
-            if not exact:
-                own, window = _enter_block(p, tile, index, own, window)
+            own, window = _enter_block(p, tile, index, *state)
             if save:
 
                 @pl.when(step >= halo)
@@ -163,17 +160,26 @@ def forward(
 
 def _enter_block(p: Problem, tile: Tile, index: Array, own: Array, window: Array):
     """States at the start of a sub-block: where a block begins, the window moves on."""
+    if p.lookback is None:
+        return own, window
+    per_block = jnp.int32(p.block_size // SUBBLOCK)
+    begins = (index > 0) & (lax.rem(index, per_block) == 0)
+    return (
+        jnp.where(begins, tile.zeros(), own),
+        jnp.where(begins, own if p.two_states else tile.zeros(), window),
+    )
 
-    def moved() -> tuple[Array, Array]:
-        return tile.zeros(), own if p.two_states else tile.zeros()
 
-    if p.block_size == SUBBLOCK:
-        begins = index > 0
-    else:
-        per_block = jnp.int32(p.block_size // SUBBLOCK)
-        begins = (index > 0) & (lax.rem(index, per_block) == 0)
-    next_own, next_window = moved()
-    return jnp.where(begins, next_own, own), jnp.where(begins, next_window, window)
+def _leave_block(p: Problem, tile: Tile, index: Array, s: Array, mu: Array):
+    """Cotangent states at the end of a sub-block: where a block ends, the window moves on."""
+    if p.lookback is None:
+        return s, mu
+    per_block = jnp.int32(p.block_size // SUBBLOCK)
+    ends = lax.rem(index + 1, per_block) == 0
+    return (
+        jnp.where(ends, mu if p.two_states else tile.zeros(), s),
+        jnp.where(ends, tile.zeros(), mu),
+    )
 
 
 def _load_entering(
@@ -187,6 +193,15 @@ def _load_entering(
     states = (tile.load(ref, batch, 0, i, heads) for i in range(2))
     own, window = (jnp.where(is_first, state, tile.zeros()) for state in states)
     return own, window
+
+
+def _untyped(x: Array) -> Array:
+    """Return x with the type of what is computed here.
+
+    Under `shard_map` what is loaded from an argument varies over the mesh, by its type, but what is
+    computed from it inside a kernel does not; and a loop's state must keep its type.
+    """
+    return x * jnp.float32(1)
 
 
 def backward(
@@ -235,8 +250,7 @@ def backward(
         barriers, a_smem, *wide_smem, states_smem, da_smem = scratch
         wide_gmem, states_gmem = arguments[1 : 1 + len(wide)], arguments[1 + len(wide)]
         v_smem, dout_smem, *gates_smem = wide_smem
-        batch, head, chunk, steps = place(p)
-        heads = pl.ds(head, p.config.heads)
+        batch, heads, chunk, steps = place(p)
         end = chunk * (p.config.chunk // SUBBLOCK) + steps
         halo = jnp.minimum(p.subblocks - end, p.halo)
         last = end + halo - 1
@@ -334,27 +348,6 @@ def backward(
     return da, p.as_heads(dv), dgates, rest.pop(0) if initial else None
 
 
-def _untyped(x: Array) -> Array:
-    """Return x with the type of what is computed here.
-
-    Under `shard_map` what is loaded from an argument varies over the mesh, by its type, but what is
-    computed from it inside a kernel does not; and a loop's state must keep its type.
-    """
-    return x * jnp.float32(1)
-
-
-def _leave_block(p: Problem, tile: Tile, index: Array, s: Array, mu: Array):
-    """Cotangent states at the end of a sub-block: where a block ends, the window moves on."""
-    if p.lookback is None:
-        return s, mu
-    per_block = jnp.int32(p.block_size // SUBBLOCK)
-    ends = lax.rem(index + 1, per_block) == 0
-    return (
-        jnp.where(ends, mu if p.two_states else tile.zeros(), s),
-        jnp.where(ends, tile.zeros(), mu),
-    )
-
-
 def reduce(p: Problem, a: Array, factors: Sequence[Array], *, reverse: bool) -> tuple[Array, Array]:
     """Return, for each chunk, the product of its decays and the state that it ends with.
 
@@ -373,8 +366,7 @@ def reduce(p: Problem, a: Array, factors: Sequence[Array], *, reverse: bool) -> 
     def body(a_gmem, *refs):
         factors_gmem, refs = refs[: len(factors)], refs[len(factors) :]
         products_gmem, states_gmem, barriers, a_smem, *factors_smem = refs
-        batch, head, chunk, steps = place(p)
-        heads = pl.ds(head, p.config.heads)
+        batch, heads, chunk, steps = place(p)
         first = chunk * (p.config.chunk // SUBBLOCK)
 
         def index(step: Array) -> Array:

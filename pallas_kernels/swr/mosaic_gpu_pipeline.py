@@ -9,6 +9,7 @@ there is zero. Symbols as in `mosaic_gpu_kernels`.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,6 @@ class Problem:
         batch, time, heads, features: B, T, H, F; F is 8 or 16.
         block_size: tokens in a block, a multiple of 16.
         lookback: 0, 1 or None for the exact recurrence.
-        gated: whether there are gates.
         continued: whether the first block's own state is not zero.
         config: how it is cut up.
     """
@@ -48,7 +48,6 @@ class Problem:
     features: int
     block_size: int
     lookback: int | None
-    gated: bool
     continued: bool
     config: TuningConfig
 
@@ -239,13 +238,17 @@ def walk(
     return state
 
 
-def place(p: Problem) -> tuple[Array, Array, Array, Array]:
-    """Return batch element, first head, chunk, and number of sub-blocks in it."""
-    head = lax.axis_index("head") * p.config.heads
+def place(p: Problem) -> tuple[Array, Any, Array, Array]:
+    """Return batch element, its heads as a slice, chunk, and number of sub-blocks in it."""
     chunk = lax.axis_index("chunk")
     per_chunk = p.config.chunk // SUBBLOCK
     steps = jnp.minimum(p.subblocks - chunk * per_chunk, per_chunk)
-    return lax.axis_index("batch"), head, chunk, steps
+    return lax.axis_index("batch"), _slice_of(p.config.heads), chunk, steps
+
+
+def _slice_of(size: int) -> Any:
+    """The thread block's own part of an axis, of which every one has `size`."""
+    return pl.ds(lax.axis_index("head") * size, size)
 
 
 def part_of(p: Problem, ref: Ref, batch: Array, index: Array) -> Ref:
@@ -254,7 +257,7 @@ def part_of(p: Problem, ref: Ref, batch: Array, index: Array) -> Ref:
     size = p.config.heads
     if len(ref.shape) == 4:
         size = size * p.features // p.line
-    return ref.at[batch, tokens, pl.ds(lax.axis_index("head") * size, size)]
+    return ref.at[batch, tokens, _slice_of(size)]
 
 
 def launch(p: Problem, body: Callable, name: str, out_type, scratch_types) -> Callable:

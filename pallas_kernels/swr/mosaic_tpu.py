@@ -31,7 +31,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType
 
 from pallas_kernels.interpreter import simulated_platform
-from pallas_kernels.swr.distribution import distributed
+from pallas_kernels.swr.gradient import differentiable, repeat_heads
 from pallas_kernels.swr.mosaic_tpu_calls import (
     Window,
     backward_pass,
@@ -136,21 +136,10 @@ def block_two_pass_heads_minor(
         local = local if previous is None else previous if local is None else local + previous
         previous = None
     if gates is not None:
-        gates = tuple(_per_head(gate, heads) for gate in gates)
+        gates = tuple(repeat_heads(gate, heads, axis=3) for gate in gates)
     window = Window(block_size, lookback, config)
     x, final = _solve(window, a, v, gates, _float32(local), _float32(previous))
     return x, final if exact else None
-
-
-def _per_head(gate: Array, heads: int) -> Array:
-    """[B, T, D, K] -> [B, T, D, H]; `jnp.repeat` would not take explicit shardings."""
-    group = heads // gate.shape[-1]
-    if group == 1:
-        return gate
-    # Through float32, so that the gradients of a group's heads are summed in float32.
-    wide = gate.astype(jnp.float32)[..., None]
-    wide = jnp.broadcast_to(wide, (*gate.shape, group)).reshape(*gate.shape[:-1], heads)
-    return wide.astype(gate.dtype)
 
 
 def _float32(x: Array | None) -> Array | None:
@@ -191,48 +180,6 @@ def _check(a, v, gates, previous, block_size, lookback) -> None:
         )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _solve(window: Window, a, v, gates, local, previous):
-    x, _, final = _run_forward(window, a, v, gates, local, previous, save=False)
-    return x, final
-
-
-def _solve_forward(window, a, v, gates, local, previous):
-    x, starts, final = _run_forward(window, a, v, gates, local, previous, save=True)
-    return (x, final), (a, v, gates, local, previous, starts)
-
-
-def _solve_backward(window, residuals, cotangents):
-    a, v, gates, local, previous, starts = residuals
-    gradients = (
-        "bth",
-        "btdh",
-        None if gates is None else ("btdh", "btdh"),
-        None if local is None else "bdh",
-        None if previous is None else "bdh",
-    )
-    return distributed(
-        functools.partial(_backward, window),
-        (a, v, gates, local, previous, starts, *cotangents),
-        ("bth", "btdh", "btdh", "bdh", "bdh", "bskdh", "btdh", "bdh"),
-        gradients,
-        automatic=False,
-    )
-
-
-_solve.defvjp(_solve_forward, _solve_backward)
-
-
-def _run_forward(window, a, v, gates, local, previous, *, save):
-    return distributed(
-        functools.partial(_forward, window, save=save),
-        (a, v, gates, local, previous),
-        ("bth", "btdh", "btdh", "bdh", "bdh"),
-        ("btdh", "bskdh" if save else None, "bdh" if window.lookback is None else None),
-        automatic=False,
-    )
-
-
 def _forward(window, a, v, gates, local, previous, *, save):
     """What `forward_pass` returns, for arrays of any shape."""
     folding = _Folding.of(window, v, gates)
@@ -267,6 +214,10 @@ def _backward(window, a, v, gates, local, previous, starts, dx, dfinal):
         dgates = tuple(x.astype(gate.dtype) for x, gate in zip((db, dc), gates, strict=True))
     da = folding.unfold_decays(da).astype(a.dtype)
     return da, dv.astype(v.dtype), dgates, dlocal, dprevious
+
+
+# The TPU's compiler cannot split a kernel.
+_solve = differentiable(_forward, _backward, "btdh", automatic=False)
 
 
 class _Folding(NamedTuple):

@@ -122,23 +122,14 @@ _GPUS = (
     ),
 )
 _TPUS = (
-    Chip("v4", "tpu", "v4:2x2x1", 1.2e12, 1.05e9, 2, "megacore", 16 * MIB),
-    Chip("v5e", "tpu", "v5e:2x2", 8.19e11, 1.5e9, 1, vmem_bytes=128 * MIB),
-    Chip("v5p", "tpu", "v5p:2x2x1", 2.765e12, 1.75e9, 2, vmem_bytes=64 * MIB),
-    Chip("v6e", "tpu", "v6e:2x2", 1.64e12, 1.75e9, 1, vmem_bytes=128 * MIB),
-    Chip("tpu7x", "tpu", "tpu7x:2x2x1", 3.69e12, 2.2e9, 1, vmem_bytes=64 * MIB),
+    Chip("v4", "tpu", "v4:2x2x1", 1.2e12, 1.05e9, 2, "megacore", 16 * MIB, 16 * MIB),
+    Chip("v5e", "tpu", "v5e:2x2", 8.19e11, 1.5e9, 1, "", 128 * MIB, 16 * MIB),
+    Chip("v5p", "tpu", "v5p:2x2x1", 2.765e12, 1.75e9, 2, "", 64 * MIB, 16 * MIB),
+    Chip("v6e", "tpu", "v6e:2x2", 1.64e12, 1.75e9, 1, "", 128 * MIB, 32 * MIB),
+    Chip("tpu7x", "tpu", "tpu7x:2x2x1", 3.69e12, 2.2e9, 1, "", 64 * MIB, 32 * MIB),
 )
-_VMEM_LIMITS = {
-    "v4": 16 * MIB,
-    "v5e": 16 * MIB,
-    "v5p": 16 * MIB,
-    "v6e": 32 * MIB,
-    "tpu7x": 32 * MIB,
-}
 
-CHIPS: dict[str, Chip] = {chip.name: chip for chip in _GPUS} | {
-    chip.name: dataclasses.replace(chip, vmem_limit_bytes=_VMEM_LIMITS[chip.name]) for chip in _TPUS
-}
+CHIPS: dict[str, Chip] = {chip.name: chip for chip in _GPUS + _TPUS}
 
 
 def chip_named(chip: str | Chip) -> Chip:

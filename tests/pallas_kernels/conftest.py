@@ -7,12 +7,6 @@ import pytest
 _COMPILERS = ("libtpu", "jax_cuda13_plugin", "nvidia")
 
 
-def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "targets: compiles for chips that are not there; needs the extra `targets`"
-    )
-
-
 def pytest_collection_modifyitems(config, items):
     if all(importlib.util.find_spec(module) is not None for module in _COMPILERS):
         return

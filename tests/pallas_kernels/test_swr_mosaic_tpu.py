@@ -1,6 +1,5 @@
 """The TPU kernels in the interpreter, races detected and scratch poisoned, against float64."""
 
-import contextlib
 import functools
 import itertools
 
@@ -9,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from block_two_pass_cases import BFLOAT16, FLOAT32, call, check, draw_call, evaluate
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
 from recurrence_cases import DECAYS, assert_rows_close, draw_decay
+from simulation import simulated_tpu
 
 from pallas_kernels.swr.mosaic_tpu import block_two_pass, block_two_pass_heads_minor
 from pallas_kernels.swr.tuning_tpu import TuningConfig
@@ -19,23 +17,6 @@ from swr_jax.ops import reference as ref
 
 # Small tiles, so that short sequences have several.
 SMALL = TuningConfig(tile=32, rows=16, features=16)
-
-
-@contextlib.contextmanager
-def simulated_tpu(cores=1):
-    """Run TPU kernels on the CPU; unwritten memory holds NaN, and a data race is an error."""
-    parameters = pltpu.InterpretParams(
-        detect_races=True, uninitialized_memory="nan", num_cores_or_threads=cores
-    )
-    try:
-        with pltpu.force_tpu_interpret_mode(parameters):
-            yield
-        # Newer versions of JAX raise at once, older ones only remember.
-        races = interpret_pallas_call.races
-        assert races is None or not races.races_found
-    finally:
-        # What an interrupted kernel leaves behind would fail every later one.
-        pltpu.reset_tpu_interpret_mode_state()
 
 
 @pytest.fixture(autouse=True)
