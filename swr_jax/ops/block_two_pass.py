@@ -38,6 +38,11 @@ Factors = tuple[Array, ...]
 ROWS = 16
 
 
+def fold(x: Array, rows: int, groups: int) -> Array:
+    """[B, T, heads (, D)] -> [B, T / rows blocks, rows, groups, heads / groups, D or 1]."""
+    return x.reshape(x.shape[0], -1, rows, groups, x.shape[2] // groups, *(x.shape[3:] or (1,)))
+
+
 def materialised(x):
     """Return x (any pytree) such that XLA computes it once and keeps it."""
     return lax.optimization_barrier(x)

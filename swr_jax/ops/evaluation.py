@@ -56,9 +56,7 @@ def evaluate(
 
 def _by_xla(a, v, gates, initial_state, return_state, dtype, *, block_size, lookback):
     batch, time, heads, features = v.shape
-    local, previous, position = initial_carriers(
-        initial_state, (batch, heads, features), block_size, lookback, dtype
-    )
+    local, previous, position = initial_carriers(initial_state, lookback, dtype)
     # The exact recurrence is one block as long as the sequence: log T levels solve it.
     rows = time if lookback is None else block_size
     blocks = -(-(time + (0 if position is None else rows - 1)) // rows)
@@ -72,9 +70,9 @@ def _by_xla(a, v, gates, initial_state, return_state, dtype, *, block_size, look
     out, block_decays, carriers = xla.block_two_pass(
         lookback if lookback is not None else 1,
         dtype,
-        _fold(a, rows, groups),
-        _fold(v, rows, groups),
-        None if gates is None else tuple(_fold(gate, rows, groups) for gate in gates),
+        xla.fold(a, rows, groups),
+        xla.fold(v, rows, groups),
+        None if gates is None else tuple(xla.fold(gate, rows, groups) for gate in gates),
         unfold_state(previous),
         unfold_state(local),
     )
@@ -94,10 +92,7 @@ def _by_xla(a, v, gates, initial_state, return_state, dtype, *, block_size, look
 def _by_kernel(module, a, v, gates, initial_state, return_state, *, block_size, lookback):
     kernel = importlib.import_module(module).block_two_pass
     batch, time, heads, features = v.shape
-    shape = (batch, heads, features)
-    local, previous, position = initial_carriers(
-        initial_state, shape, block_size, lookback, jnp.dtype(jnp.float32)
-    )
+    local, previous, position = initial_carriers(initial_state, lookback, jnp.dtype(jnp.float32))
     if lookback is None and previous is not None:
         local, previous = previous, None
     if position is not None:
@@ -116,7 +111,7 @@ def _by_kernel(module, a, v, gates, initial_state, return_state, *, block_size, 
     if not return_state:
         return out, None
     if lookback is None:
-        state = RecurrenceState.zeros(*shape, block_size=block_size, lookback=None)
+        state = RecurrenceState.zeros(batch, heads, features, block_size=block_size, lookback=None)
         return out, state.replace(local=final)
     return out, _state_from_last_blocks(
         a, v, gates, initial_state, position, time, block_size=block_size, lookback=lookback
@@ -138,8 +133,8 @@ def _state_from_last_blocks(
     a, v, gates = _frame(a, v, gates, None, blocks * block_size - skipped)
     factors = (v,) if gates is None else (gates[0], v)
     block_decays, carriers = xla.reduce_block(
-        _fold(a, block_size, factors[0].shape[2]),
-        tuple(_fold(factor, block_size, factors[0].shape[2]) for factor in factors),
+        xla.fold(a, block_size, factors[0].shape[2]),
+        tuple(xla.fold(factor, block_size, factors[0].shape[2]) for factor in factors),
         dtype=jnp.dtype(jnp.float32),
     )
     if skipped:
@@ -164,11 +159,6 @@ def _frame(
     """Put the tokens at `position` of a `length`-token frame; others have a = 1 and zeros."""
     gates = None if gates is None else tuple(_place(x, position, length, 0.0) for x in gates)
     return _place(a, position, length, 1.0), _place(v, position, length, 0.0), gates
-
-
-def _fold(x: Array, rows: int, groups: int) -> Array:
-    """[B, T, heads (, D)] -> [B, blocks, rows, gate head, group, D]."""
-    return x.reshape(x.shape[0], -1, rows, groups, x.shape[2] // groups, *(x.shape[3:] or (1,)))
 
 
 def _place(x: Array, position: Array | None, length: int, fill: float) -> Array:

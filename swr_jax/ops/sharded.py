@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType
 
-from swr_jax.ops.block_two_pass import reduce_block
+from swr_jax.ops.block_two_pass import fold, reduce_block
 from swr_jax.ops.state import RecurrenceState
 
 Array = jax.Array
@@ -97,8 +97,10 @@ def over_mesh(
     def part(a: Array, v: Array, gates: Gates) -> Array:
         state = None
         if split.sequence > 1:
-            before = _before_exact if lookback is None else _before_window
-            state = before(a, v, gates, split.sequence, block_size, lookback, dtype)
+            if lookback is None:
+                state = _before_exact(a, v, gates, split.sequence, dtype)
+            else:
+                state = _before_window(a, v, gates, split.sequence, block_size, lookback, dtype)
         return recurrence(a, v, gates, state)
 
     specs = (split.spec, split.spec, None if gates is None else (split.spec, split.spec))
@@ -126,8 +128,8 @@ def _before_window(a, v, gates, parts, block_size, lookback, dtype):
     ages = range(1 if aligned else 0, lookback + 1)
     message = [
         reduce_block(
-            a[:, None, :, :, None, None],
-            (jnp.where((block == lookback + 1 - age)[:, None, None], v, 0)[:, None, :, :, None],),
+            fold(a, reach, heads),
+            (fold(jnp.where((block == lookback + 1 - age)[:, None, None], v, 0), reach, heads),),
             dtype=dtype,
         )[1]
         for age in ages
@@ -148,19 +150,14 @@ def _before_window(a, v, gates, parts, block_size, lookback, dtype):
     )
 
 
-def _before_exact(a, v, gates, parts, block_size, lookback, dtype):
+def _before_exact(a, v, gates, parts, dtype):
     """Return the exact recurrence's state before this device's part, [B, H, D]."""
-    del block_size, lookback
-    heads = v.shape[2]
-    groups = heads if gates is None else gates[0].shape[2]
-
-    def fold(x: Array) -> Array:
-        """One block: [B, T, heads (, D)] -> [B, 1, T, gate head, group, D]."""
-        batch, time, heads = x.shape[:3]
-        return x.reshape(batch, 1, time, groups, heads // groups, *(x.shape[3:] or (1,)))
-
-    factors = (fold(v),) if gates is None else (fold(gates[0]), fold(v))
-    product, end = reduce_block(fold(a), factors, dtype=dtype)
+    time, heads = v.shape[1:3]
+    factors = (v,) if gates is None else (gates[0], v)
+    groups = factors[0].shape[2]
+    product, end = reduce_block(
+        fold(a, time, groups), tuple(fold(x, time, groups) for x in factors), dtype=dtype
+    )
     message = jnp.concatenate([product, end], axis=-1).reshape(v.shape[0], heads, -1)
     everyone = lax.all_gather(message, SEQUENCE_AXIS)
     index = lax.axis_index(SEQUENCE_AXIS)

@@ -65,18 +65,13 @@ class RecurrenceState:
 
 
 def initial_carriers(
-    state: RecurrenceState | Array | None,
-    shape: tuple[int, int, int],
-    block_size: int,
-    lookback: int | None,
-    dtype: jnp.dtype,
+    state: RecurrenceState | Array | None, lookback: int | None, dtype: jnp.dtype
 ) -> tuple[Array | None, Array | None, Array | None]:
     """Translate an `initial_state` argument into what the block form starts from.
 
     Args:
-        state: the argument.
-        shape: (B, H, D) of the call.
-        block_size, lookback: the call's window.
+        state: the argument, validated.
+        lookback: of the call.
         dtype: dtype of the maths.
 
     Returns:
@@ -86,7 +81,6 @@ def initial_carriers(
     """
     if state is None:
         return None, None, None
-    validation.check_initial_state(state, shape, block_size, lookback)
     if not isinstance(state, RecurrenceState):
         return None, state.astype(dtype)[:, None], None
     local = state.local.astype(dtype)[:, None]
