@@ -1,13 +1,9 @@
 """Flax NNX layers and models."""
 
 from swr_jax.nn.attention import SlidingWindowAttention
+from swr_jax.nn.blocks import PhalanxConfig
 from swr_jax.nn.feedforward import SwiGLU, rms_norm
-from swr_jax.nn.language_model import (
-    LanguageModel,
-    LanguageModelConfig,
-    PhalanxConfig,
-    num_parameters,
-)
+from swr_jax.nn.language_model import LanguageModel, LanguageModelConfig, num_parameters
 from swr_jax.nn.phalanx import Phalanx
 
 __all__ = [

@@ -19,48 +19,22 @@ None for an axis never worth splitting (norm scales). Rules must cover every nam
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
-from swr_jax.nn.attention import SlidingWindowAttention
+from swr_jax.nn.blocks import StackConfig, apply_periods, init_periods_state, make_periods
 from swr_jax.nn.common import linear, sharding_metadata
-from swr_jax.nn.feedforward import SwiGLU, rms_norm
-from swr_jax.nn.phalanx import Phalanx
-
-# What the backward pass finds stored of a period of blocks; the rest it computes again.
-REMAT_POLICIES: dict[str, Callable | None] = {
-    "none": None,  # everything stored, nothing computed again
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of projections
-    "full": jax.checkpoint_policies.nothing_saveable,  # only what enters the period
-}
+from swr_jax.nn.feedforward import rms_norm
 
 _VOCABULARY_INIT = nnx.initializers.normal(stddev=0.02)
 
 
-@dataclass(frozen=True)
-class PhalanxConfig:
-    """Options of the "phalanx" mixer, with the meaning that `Phalanx` gives them."""
-
-    head_dim: int = 16
-    num_gate_heads: int | None = None
-    block_size: int = 16
-    lookback: int | None = 1
-    global_heads: int = 0
-    decay_max: float = 1.0
-    fixed_decay: float | None = None
-    pre_gate: bool = True
-    post_gate: bool = True
-    gate_activation: str | None = None
-
-
-@dataclass(frozen=True)
-class LanguageModelConfig:
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig(StackConfig):
     """Everything that decides the shape and the arithmetic of a `LanguageModel`.
 
     Raises:
@@ -69,144 +43,19 @@ class LanguageModelConfig:
 
     # Number of tokens V of the vocabulary.
     vocab_size: int
-    # Model width M.
-    features: int
-    # Number of blocks, each a mixer and a feed-forward network; a multiple of len(pattern).
-    depth: int
-    # Mixer of each block of one period: names in MIXERS.
-    pattern: tuple[str, ...] = ("phalanx", "attention")
-    # Query heads of "attention" and "swa"; features / num_heads must be even.
-    num_heads: int = 8
-    # Key/value heads of "attention" and "swa", a divisor of num_heads; None: num_heads.
-    num_kv_heads: int | None = None
-    # Tokens that "swa" sees, the current one included.
-    window: int = 512
-    # Hidden width of the feed-forward networks; None: mlp_ratio * features, rounded up to 64.
-    mlp_features: int | None = None
-    # Used where mlp_features is None: 8/3 makes SwiGLU's three matrices weigh 8 M^2.
-    mlp_ratio: float = 8 / 3
-    # Options of the "phalanx" mixer.
-    phalanx: PhalanxConfig = field(default_factory=PhalanxConfig)
     # Whether the output projection is the embedding, transposed.
     tie_embeddings: bool = True
-    # Logits become cap * tanh(logits / cap); None: left alone.
+    # Logits, always float32, become cap * tanh(logits / cap); None: left alone.
     logits_soft_cap: float | None = None
-    # Base of the wavelengths of the rotary embedding.
-    rope_base: float = 10_000.0
-    # Added to the mean square in every RMSNorm.
-    norm_epsilon: float = 1e-6
-    # What the backward pass computes again: a name in REMAT_POLICIES.
-    remat: str = "none"
-    # Dtype of activations; norms, rotary angles, softmax, recurrences and logits stay float32.
-    dtype: DTypeLike = "float32"
-    # Dtype of parameters.
-    param_dtype: DTypeLike = "float32"
 
     def __post_init__(self):
-        # Lists from config files and any spelling of a dtype become the canonical value.
-        object.__setattr__(self, "pattern", tuple(self.pattern))
-        for name in ("dtype", "param_dtype"):
-            dtype = jnp.dtype(getattr(self, name))
-            if not jnp.issubdtype(dtype, jnp.floating):
-                raise ValueError(f"{name}={dtype.name!r}; it must be a floating dtype")
-            object.__setattr__(self, name, dtype)
-        for name in ("vocab_size", "features", "depth", "num_heads", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1")
-        if not self.pattern or any(name not in MIXERS for name in self.pattern):
-            raise ValueError(
-                f"pattern={self.pattern}; it must hold at least one name, each one of "
-                f"{', '.join(sorted(MIXERS))}"
-            )
-        if self.depth % len(self.pattern):
-            raise ValueError(
-                f"depth={self.depth} is not a multiple of the {len(self.pattern)} mixers of "
-                f"pattern={self.pattern}; choose a depth that the pattern fills"
-            )
-        if self.mlp_features is not None and self.mlp_features < 1:
-            raise ValueError(f"mlp_features={self.mlp_features}; it must be at least 1, or None")
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"mlp_ratio={self.mlp_ratio}; it must be above 0")
+        super().__post_init__()
+        if self.vocab_size < 1:
+            raise ValueError(f"vocab_size={self.vocab_size}; it must be at least 1")
         if self.logits_soft_cap is not None and self.logits_soft_cap <= 0:
             raise ValueError(
                 f"logits_soft_cap={self.logits_soft_cap}; it must be above 0, or None for no cap"
             )
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat={self.remat!r}; it must be one of {', '.join(REMAT_POLICIES)}")
-
-    @property
-    def hidden_features(self) -> int:
-        """Hidden width of the feed-forward networks."""
-        if self.mlp_features is not None:
-            return self.mlp_features
-        # Less a hair, so that 8/3 of a multiple of 24 does not round up to the next 64.
-        return 64 * math.ceil(self.mlp_ratio * self.features / 64 - 1e-6)
-
-
-def _attention(config: LanguageModelConfig, window: int | None, rngs: nnx.Rngs) -> nnx.Module:
-    return SlidingWindowAttention(
-        config.features,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        window=window,
-        rope_base=config.rope_base,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        rngs=rngs,
-    )
-
-
-def _phalanx(config: LanguageModelConfig, rngs: nnx.Rngs) -> nnx.Module:
-    return Phalanx(
-        config.features,
-        **vars(config.phalanx),
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        rngs=rngs,
-    )
-
-
-# Makes the mixer of a block from the configuration. A mixer maps x [B, T, M] to [B, T, M], keeps
-# the state protocol of `SlidingWindowAttention`, and calls its last projection `output`.
-MIXERS: dict[str, Callable[[LanguageModelConfig, nnx.Rngs], nnx.Module]] = {
-    "attention": lambda config, rngs: _attention(config, None, rngs),
-    "swa": lambda config, rngs: _attention(config, config.window, rngs),
-    "phalanx": _phalanx,
-}
-
-
-class Block(nnx.Module):
-    """Pre-norm residual block: x + mixer(norm(x)), then x + feed-forward(norm(x)).
-
-    Both last projections start smaller by sqrt(2 * depth), so that the residual stream of the
-    whole model has a variance that does not grow with depth.
-
-    Args:
-      config: the model's configuration.
-      mixer: a name in `MIXERS`.
-      rngs: source of the `params` keys.
-    """
-
-    def __init__(self, config: LanguageModelConfig, mixer: str, *, rngs: nnx.Rngs):
-        dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
-        norm = {"epsilon": config.norm_epsilon, **dtypes, "rngs": rngs}
-        self.mixer_norm = rms_norm(config.features, **norm)
-        self.mixer = MIXERS[mixer](config, rngs)
-        self.mlp_norm = rms_norm(config.features, **norm)
-        self.mlp = SwiGLU(config.features, config.hidden_features, **dtypes, rngs=rngs)
-        for projection in (self.mixer.output, self.mlp.down):
-            projection.kernel[...] = projection.kernel[...] * (2 * config.depth) ** -0.5
-
-    def __call__(self, x, *, positions=None, segment_ids=None, state):
-        """Apply the block to x [B, T, M]; returns it and the mixer's state, None if it was."""
-        options = {"positions": positions, "segment_ids": segment_ids}
-        mixed = self.mixer_norm(x)
-        if state is None:
-            mixed = self.mixer(mixed, **options)
-        else:
-            mixed, state = self.mixer(mixed, **options, state=state)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
 
 
 class LanguageModel(nnx.Module):
@@ -231,14 +80,7 @@ class LanguageModel(nnx.Module):
             ),
             **sharding_metadata("vocab", "embed"),
         )
-
-        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
-        def periods(key):
-            layer_rngs = nnx.Rngs(params=key)
-            return nnx.List([Block(config, mixer, rngs=layer_rngs) for mixer in config.pattern])
-
-        count = config.depth // len(config.pattern)
-        self.periods = periods(jax.random.split(rngs.params(), count))
+        self.periods = make_periods(config, rngs=rngs)
         self.norm = rms_norm(
             config.features,
             epsilon=config.norm_epsilon,
@@ -267,11 +109,7 @@ class LanguageModel(nnx.Module):
         Returns:
           A tuple over the pattern of mixer states, each stacked over the periods.
         """
-        count = self.config.depth // len(self.config.pattern)
-        state = tuple(
-            block.mixer.init_state(batch, max_length=max_length) for block in self.periods
-        )
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), state)
+        return init_periods_state(self.periods, self.config, batch, max_length=max_length)
 
     def __call__(
         self,
@@ -318,24 +156,14 @@ class LanguageModel(nnx.Module):
             )
         config = self.config
         x = jnp.take(self.embedding[...], tokens, axis=0).astype(config.dtype)
-        definition, variables = nnx.split(self.periods)
-
-        def apply_period(x, variables_and_state):
-            variables, states = variables_and_state
-            blocks = nnx.merge(definition, variables)
-            states = [None] * len(blocks) if states is None else states
-            new_states = []
-            for block, block_state in zip(blocks, states, strict=True):
-                x, block_state = block(
-                    x, positions=positions, segment_ids=segment_ids, state=block_state
-                )
-                new_states.append(block_state)
-            return x, tuple(new_states)
-
-        if (policy := REMAT_POLICIES[config.remat]) is not None:
-            # Inside a scan XLA cannot merge the two computations, so no barrier is needed.
-            apply_period = jax.checkpoint(apply_period, policy=policy, prevent_cse=False)
-        x, new_state = jax.lax.scan(apply_period, x, (variables, state))
+        x, new_state = apply_periods(
+            self.periods,
+            config,
+            x,
+            positions=positions,
+            segment_ids=segment_ids,
+            state=state,
+        )
         x = self.norm(x)
         return x if state is None else (x, new_state)
 

@@ -11,13 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from swr_jax.nn.language_model import (
-    Block,
-    LanguageModel,
-    LanguageModelConfig,
-    PhalanxConfig,
-    num_parameters,
-)
+from swr_jax.nn.blocks import Block, PhalanxConfig
+from swr_jax.nn.language_model import LanguageModel, LanguageModelConfig, num_parameters
 
 BLOCK = 4  # tokens per block of the recurrence
 LENGTH = 24
