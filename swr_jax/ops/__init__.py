@@ -1,6 +1,11 @@
 """Pure operators: arrays in, arrays out, exact gradients."""
 
 from swr_jax.ops.attention import sliding_window_attention
+from swr_jax.ops.gated_delta import (
+    GatedDeltaState,
+    gated_delta_rule,
+    gated_delta_rule_step,
+)
 from swr_jax.ops.recurrence import (
     gated_sliding_window_recurrence,
     linear_recurrence,
@@ -10,7 +15,10 @@ from swr_jax.ops.recurrence import (
 from swr_jax.ops.state import RecurrenceState
 
 __all__ = [
+    "GatedDeltaState",
     "RecurrenceState",
+    "gated_delta_rule",
+    "gated_delta_rule_step",
     "gated_sliding_window_recurrence",
     "linear_recurrence",
     "recurrence_step",
