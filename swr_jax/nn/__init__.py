@@ -3,10 +3,12 @@
 from swr_jax.nn.attention import SlidingWindowAttention
 from swr_jax.nn.blocks import PhalanxConfig
 from swr_jax.nn.feedforward import SwiGLU, rms_norm
+from swr_jax.nn.gated_delta import GatedDeltaNet
 from swr_jax.nn.language_model import LanguageModel, LanguageModelConfig, num_parameters
 from swr_jax.nn.phalanx import Phalanx
 
 __all__ = [
+    "GatedDeltaNet",
     "LanguageModel",
     "LanguageModelConfig",
     "Phalanx",

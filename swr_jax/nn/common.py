@@ -1,7 +1,8 @@
-"""What every layer shares: linear maps whose parameters carry logical sharding names."""
+"""What every layer shares: linear maps with logical sharding names, states that start anew."""
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -56,3 +57,20 @@ def linear(
         bias_metadata=sharding_metadata(names[1]),
         rngs=rngs,
     )
+
+
+def restart[State](state: State, fresh: State, where: jax.Array) -> State:
+    """Replace a state by a fresh one in the rows where a new document begins.
+
+    A choice and no product: nothing of the old state is left, not even a NaN.
+
+    Args:
+      state: pytree of arrays [B, ...].
+      fresh: one like it, of streams that have seen no token.
+      where: [B] bool, the rows to replace.
+    """
+
+    def choose(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(where.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+    return jax.tree.map(choose, state, fresh)
