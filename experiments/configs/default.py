@@ -84,6 +84,14 @@ def get_config() -> ConfigDict:
     optimizer.weight_decay = 0.1  # of matrices; norms, gates and biases have none
     optimizer.clip_norm = optional(1.0)  # longest gradient let through; None: any
 
+    # --- window schedule: every update trains at a size drawn for it ---------------------------
+    config.window_schedule = schedule = ConfigDict()
+    schedule.option = "window"  # the model's option that is drawn; or "phalanx.block_size"
+    schedule.sizes = ()  # tokens, as (128, 2048); the longest must be the model's; (): no draws
+    schedule.probabilities = ()  # of each size, as (0.5, 0.5)
+    schedule.anneal = "switch"  # at the end the longest always; "linear": ever more often
+    schedule.anneal_fraction = 0.1  # share of the steps that count as the end
+
     # --- mesh: the product of the four is the number of devices --------------------------------
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # copies of the model; -1: as many as devices are left

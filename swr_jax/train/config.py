@@ -1,6 +1,7 @@
 """What decides a training run: frozen dataclasses, made from and turned into dictionaries."""
 
 import dataclasses
+import operator
 import types
 import typing
 from collections.abc import Mapping
@@ -66,6 +67,93 @@ class MeshConfig:
     sequence: int = 1
 
 
+# The options of the model that a window schedule can draw, and the mixer that each one sizes.
+DRAWN_OPTIONS: dict[str, str] = {"window": "swa", "phalanx.block_size": "phalanx"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WindowScheduleConfig:
+    """Stochastic windows (arXiv 2509.24552): every update trains with a size drawn anew.
+
+    option: the option of the model that is drawn, a name in `DRAWN_OPTIONS`. sizes: its values, in
+    tokens; none: nothing is drawn. probabilities: one per size. At the end of a run the longest
+    size takes over, for the last anneal_fraction of the updates (rounded up): anneal "switch"
+    uses it in all of them, "linear" lets its probability rise to 1 at the last one.
+
+    The model's own option must be the longest size: evaluation, checkpoints and generation know
+    nothing of draws and use the model as it is configured.
+    """
+
+    option: str = "window"
+    sizes: tuple[int, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    anneal: str = "switch"
+    anneal_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        # Lists would not be equal to the tuples that a checkpoint's configuration is read into.
+        for name in ("sizes", "probabilities"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        sizes, probabilities = self.sizes, self.probabilities
+        _require(
+            self.option in DRAWN_OPTIONS,
+            "window_schedule.option",
+            self.option,
+            f"one of {', '.join(DRAWN_OPTIONS)}",
+        )
+        positive = all(type(size) is int and size >= 1 for size in sizes)
+        _require(
+            positive and len(set(sizes)) == len(sizes),
+            "window_schedule.sizes",
+            sizes,
+            "different integers >= 1, or empty for no draws",
+        )
+        _require(
+            len(probabilities) == len(sizes),
+            "window_schedule.probabilities",
+            probabilities,
+            f"as many as window_schedule.sizes={sizes}",
+        )
+        numbers = all(type(p) in (int, float) and p >= 0 for p in probabilities)
+        _require(
+            not sizes or (numbers and abs(sum(probabilities) - 1) <= 1e-6),
+            "window_schedule.probabilities",
+            probabilities,
+            "numbers >= 0 that sum to 1",
+        )
+        _require(
+            self.anneal in ("switch", "linear"),
+            "window_schedule.anneal",
+            self.anneal,
+            "switch or linear",
+        )
+        _require(
+            0 <= self.anneal_fraction <= 1,
+            "window_schedule.anneal_fraction",
+            self.anneal_fraction,
+            "between 0 and 1",
+        )
+
+    def check_model(self, model: LanguageModelConfig) -> None:
+        """Raises ValueError if `model` does not use what is drawn or has not the longest size."""
+        if not self.sizes:
+            return
+        mixer = DRAWN_OPTIONS[self.option]
+        _require(
+            mixer in model.pattern,
+            "model.pattern",
+            model.pattern,
+            f"one with {mixer!r}, the mixer of window_schedule.option={self.option!r}",
+        )
+        _require(
+            operator.attrgetter(self.option)(model) == max(self.sizes),
+            f"model.{self.option}",
+            operator.attrgetter(self.option)(model),
+            f"{max(self.sizes)}, the longest of window_schedule.sizes={self.sizes}, with which the "
+            "model is evaluated",
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that decides a training run.
@@ -79,6 +167,7 @@ class TrainConfig:
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    window_schedule: WindowScheduleConfig = WindowScheduleConfig()
     steps: int = 1000
     accumulation: int = 1
     z_loss: float = 0.0
@@ -105,6 +194,7 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         _require(self.z_loss >= 0, "z_loss", self.z_loss, ">= 0")
         _require(self.sample_tokens >= 0, "sample_tokens", self.sample_tokens, ">= 0")
+        self.window_schedule.check_model(self.model)
 
 
 # What a field of each type accepts; a bool, though an int to Python, is no number.

@@ -33,6 +33,7 @@ from swr_jax.train.metrics import (
 from swr_jax.train.sharding import batch_sharding, check_batch, make_mesh, put_batch
 from swr_jax.train.state import init_state, make_blueprint
 from swr_jax.train.step import Metrics, make_eval_step, make_train_step
+from swr_jax.train.window_schedule import drawn_models, drawn_size
 
 
 class NonFiniteError(FloatingPointError):
@@ -64,6 +65,9 @@ class Summary:
 
 def train(config: TrainConfig, workdir: Path) -> Summary:
     """Trains a language model, going on from the newest checkpoint in `workdir` if there is one.
+
+    With `config.window_schedule` every update trains at the size drawn for it; evaluation, the
+    sample and whoever loads the checkpoint use `config.model`, which is of the longest size.
 
     `workdir` gets `checkpoints/`, `metrics.jsonl`, `tensorboard/` and `loss.png`. SIGINT and
     SIGTERM end the run with a checkpoint after the update at hand, a second one ends it at once.
@@ -100,9 +104,18 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
     unigram = unigram_bits_per_byte(corpus, held_out)
 
     blueprint = make_blueprint(config, mesh)
-    train_step = make_train_step(
-        blueprint, mesh, accumulation=config.accumulation, z_loss=config.z_loss
-    )
+    models = drawn_models(config)
+    train_steps = {
+        size: make_train_step(
+            blueprint.of_model(model), mesh, accumulation=config.accumulation, z_loss=config.z_loss
+        )
+        for size, model in models.items()
+    }
+    flops = {
+        size: flops_per_token(model, num_params=blueprint.num_params, length=length)
+        for size, model in models.items()
+    }
+    drawn_name = config.window_schedule.option.rpartition(".")[2]
     eval_step = make_eval_step(blueprint, mesh)
 
     device = jax.devices()[0]
@@ -135,36 +148,45 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
             )
         )
 
-        meter = Meter(
-            tokens_per_step=tokens_per_step,
-            flops_per_token=flops_per_token(
-                config.model, num_params=blueprint.num_params, length=length
-            ),
-            devices=jax.devices(),
-        )
+        meter = Meter(tokens_per_step=tokens_per_step, devices=jax.devices())
         pending: collections.deque = collections.deque()  # updates whose numbers are not read yet
+        compiled: set[int | None] = set()  # sizes that have been trained at
+
+        def look_at_oldest() -> None:
+            step, size, metrics = pending.popleft()
+            drawn = {} if size is None else {drawn_name: size}
+            values = _finite(step, metrics, checkpoints) | drawn
+            meter.add(values, flops_per_token=flops[size])
+
         validation, stopped_by = None, None
-        began = time.perf_counter()
         for step in range(start + 1, config.steps + 1):
-            state, metrics = train_step(state, put_batch(next(batches), sharding))
-            pending.append((step, metrics))
+            size = drawn_size(config, step)
+            first = size not in compiled
+            if first:  # compilation is not to be timed
+                while pending:
+                    look_at_oldest()
+                meter.stop_clock()
+                compiled.add(size)
+                began = time.perf_counter()
+            state, metrics = train_steps[size](state, put_batch(next(batches), sharding))
+            pending.append((step, size, metrics))
             stopped_by = signals.agreed(step, checkpoints)
             done = step == config.steps
             log_due = done or stopped_by or step % config.log_every == 0
             eval_due = done or (not stopped_by and step % config.eval_every == 0)
             save_due = done or stopped_by or step % config.checkpoint_every == 0
-            first = step == start + 1
             pause = log_due or eval_due or save_due or first
             # The device works on the newest update while the one before it is looked at.
             while len(pending) > (0 if pause else 1):
-                meter.add(_finite(*pending.popleft(), checkpoints))
+                look_at_oldest()
             bar.update()
             if not pause:
                 continue
 
             meter.stop_clock()
             if first:
-                say(f"first step, with its compilation: {time.perf_counter() - began:.1f} s")
+                at = "" if size is None else f" at {drawn_name} {size}"
+                say(f"first step{at}, with its compilation: {time.perf_counter() - began:.1f} s")
             if log_due:
                 values = meter.interval()
                 bar.set_postfix_str(f"loss {values['loss']:.3f}")

@@ -94,20 +94,17 @@ class Meter:
 
     Args:
         tokens_per_step: tokens of one update.
-        flops_per_token: of the model, for MFU (model FLOPs utilisation).
         devices: those the run uses.
     """
 
-    def __init__(
-        self, *, tokens_per_step: int, flops_per_token: float, devices: Sequence[jax.Device]
-    ) -> None:
+    def __init__(self, *, tokens_per_step: int, devices: Sequence[jax.Device]) -> None:
         self._tokens_per_step = tokens_per_step
-        self._flops_per_token = flops_per_token
         self._devices = devices
         self._updates: list[Mapping[str, float]] = []
         self._started: float | None = None
         self._steps = self._total_steps = 0
         self._seconds = self._total_seconds = 0.0
+        self._flops = 0.0
 
     def start_clock(self) -> None:
         """From here on time counts."""
@@ -119,22 +116,31 @@ class Meter:
             self._seconds += time.perf_counter() - self._started
             self._started = None
 
-    def add(self, update: Mapping[str, float]) -> None:
-        """Takes the metrics of one update, as numbers."""
+    def add(self, update: Mapping[str, float], *, flops_per_token: float) -> None:
+        """Takes the metrics of one update, as numbers.
+
+        Args:
+            update: what the step returned and, of a run that draws it, the window or block_size.
+            flops_per_token: of the model at that size, for MFU (model FLOPs utilisation).
+        """
         self._updates.append(update)
-        self._steps += self._started is not None
+        if self._started is not None:
+            self._steps += 1
+            self._flops += self._tokens_per_step * flops_per_token
 
     def interval(self) -> dict[str, float]:
         """What is reported of the updates since the last call; begins a new interval.
 
-        loss, perplexity and bits_per_byte are over all targets of the interval, grad_norm is the
-        mean, learning_rate that of the last update. tokens_per_second is left out if no update was
-        timed, mfu also where the device's peak is not known.
+        loss, perplexity and bits_per_byte are over all targets of the interval, grad_norm and a
+        drawn window or block_size are means over its updates, learning_rate is that of the last.
+        tokens_per_second is left out if no update was timed, mfu also where the device's peak is
+        not known.
         """
         updates, steps, seconds = self._updates, self._steps, self._seconds
+        flops = self._flops
         self._total_steps += steps
         self._total_seconds += seconds
-        self._updates, self._steps, self._seconds = [], 0, 0.0
+        self._updates, self._steps, self._seconds, self._flops = [], 0, 0.0, 0.0
 
         def total(name: str) -> float:
             return sum(float(update[name]) for update in updates)
@@ -142,11 +148,13 @@ class Meter:
         values = likelihood(total("nats"), total("weight"), int(total("target_bytes")))
         values["grad_norm"] = total("grad_norm") / len(updates)
         values["learning_rate"] = float(updates[-1]["learning_rate"])
+        for name in ("window", "block_size"):
+            if name in updates[-1]:
+                values[name] = total(name) / len(updates)
         if steps:
-            speed = steps * self._tokens_per_step / seconds
-            values["tokens_per_second"] = speed
+            values["tokens_per_second"] = steps * self._tokens_per_step / seconds
             if peak := peak_flops(self._devices[0]):
-                values["mfu"] = speed * self._flops_per_token / (peak * len(self._devices))
+                values["mfu"] = flops / seconds / (peak * len(self._devices))
         values["memory_mib"] = memory_mib(jax.local_devices()[0])  # others' are not to be asked
         return values
 
@@ -164,6 +172,8 @@ _FORMATS = {
     "unigram_bits_per_byte": ".4f",
     "grad_norm": ".3f",
     "learning_rate": ".2e",
+    "window": ",.0f",
+    "block_size": ",.0f",
     "tokens_per_second": ",.0f",
     "mfu": ".1%",
     "memory_mib": ",.0f",

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from swr_jax.nn.language_model import LanguageModel
+from swr_jax.nn.language_model import LanguageModel, LanguageModelConfig
 from swr_jax.train.config import TrainConfig
 from swr_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from swr_jax.train.sharding import logical_axes, opt_state_shardings, param_shardings
@@ -52,16 +52,24 @@ class Blueprint:
         """Number of parameters."""
         return sum(math.prod(p.shape) for p in jax.tree.leaves(self.abstract.params))
 
+    def of_model(self, config: LanguageModelConfig) -> "Blueprint":
+        """The same state under another model of the same parameters: of another window, say."""
+        return dataclasses.replace(self, graphdef=_abstract_model(config)[0])
+
 
 def _initial_params(config: TrainConfig, key: jax.Array) -> Params:
     model = LanguageModel(config.model, rngs=nnx.Rngs(key))
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
+def _abstract_model(config: LanguageModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    return nnx.split(model, nnx.Param)
+
+
 def make_blueprint(config: TrainConfig, mesh: Mesh) -> Blueprint:
     """Plans model, optimizer and the place of every array, without allocating any."""
-    model = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
-    graphdef, variables = nnx.split(model, nnx.Param)
+    graphdef, variables = _abstract_model(config.model)
     params, axes = nnx.to_pure_dict(variables), logical_axes(variables)
     schedule = learning_rate_schedule(config.optimizer, steps=config.steps)
     optimizer = make_optimizer(config.optimizer, schedule=schedule, axes=axes)

@@ -111,6 +111,10 @@ TINY = (
     "--config.checkpoint_every=10",
     "--config.eval_batches=2",
     "--config.sample_tokens=16",
+    # Draws that were not the same in every process and after every stop would change the losses.
+    "--config.window_schedule.option=phalanx.block_size",
+    "--config.window_schedule.sizes=(2, 16)",
+    "--config.window_schedule.probabilities=(0.5, 0.5)",
 )
 
 
@@ -130,7 +134,8 @@ def wait_for_step_13(workdir: Path, process: subprocess.Popen) -> None:
 
 def losses(workdir: Path) -> list[tuple]:
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [(line["step"], line["split"], line["loss"]) for line in lines]
+    names = ("step", "split", "block_size", "loss")
+    return [tuple(line.get(name) for name in names) for line in lines]
 
 
 @pytest.mark.slow
@@ -235,7 +240,8 @@ def test_two_processes_train_as_one_does(straight_run, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "resumed from the checkpoint of step 10" in outputs[0][0]
     assert "step: " not in outputs[1][0]  # one of them reports
-    steps, splits, values = zip(*losses(tmp_path), strict=True)
-    expected = list(zip(*losses(straight), strict=True))
-    assert [steps, splits] == expected[:2]
-    np.testing.assert_allclose(values, expected[2], rtol=1e-5)
+    *exact, values = zip(*losses(tmp_path), strict=True)
+    *expected, expected_values = zip(*losses(straight), strict=True)
+    assert exact == expected
+    assert {2, 16} <= set(exact[2])
+    np.testing.assert_allclose(values, expected_values, rtol=1e-5)

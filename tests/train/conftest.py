@@ -1,5 +1,6 @@
 """A corpus and a configuration small enough to train on in a test."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from swr_jax.data import DataConfig
 from swr_jax.nn.language_model import LanguageModelConfig
+from swr_jax.train import loop
 from swr_jax.train.config import OptimizerConfig, TrainConfig
 
 
@@ -48,3 +50,19 @@ def config(corpus_folder: Path) -> TrainConfig:
         checkpoint_every=10,
         sample_tokens=0,
     )
+
+
+@pytest.fixture
+def tamper_with_training_batches(monkeypatch: pytest.MonkeyPatch):
+    """Call it with `tamper(number, batch) -> batch`; batches of the next run count from 1."""
+    put_batch = loop.put_batch
+
+    def install(tamper) -> None:
+        numbers = itertools.count(1)
+        monkeypatch.setattr(
+            loop,
+            "put_batch",
+            lambda batch, sharding: put_batch(tamper(next(numbers), batch), sharding),
+        )
+
+    return install

@@ -1,7 +1,6 @@
 """Whole runs: learning, stopping, resuming to the bit, and breaking down without harm."""
 
 import dataclasses
-import itertools
 import json
 import signal
 from pathlib import Path
@@ -11,26 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from swr_jax.train import loop
 from swr_jax.train.checkpoint import load_model
 from swr_jax.train.config import TrainConfig
 from swr_jax.train.loop import NonFiniteError, Summary, train
-
-
-@pytest.fixture
-def tamper_with_training_batches(monkeypatch: pytest.MonkeyPatch):
-    """Call it with `tamper(number, batch) -> batch`; batches of the next run count from 1."""
-    put_batch = loop.put_batch
-
-    def install(tamper) -> None:
-        numbers = itertools.count(1)
-        monkeypatch.setattr(
-            loop,
-            "put_batch",
-            lambda batch, sharding: put_batch(tamper(next(numbers), batch), sharding),
-        )
-
-    return install
 
 
 def saved_arrays(workdir: Path) -> list[np.ndarray]:

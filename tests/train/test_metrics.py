@@ -41,12 +41,12 @@ def clock(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_intervals_are_averaged_over_targets_and_timed_without_pauses(clock):
-    meter = Meter(tokens_per_step=100, flops_per_token=1e9, devices=[device("NVIDIA H100 80GB")])
+    meter = Meter(tokens_per_step=100, devices=[device("NVIDIA H100 80GB")])
     clock.seconds += 30.0  # the first update compiles; the clock does not run
-    meter.add(update(90.0, 30.0, 60))
+    meter.add(update(90.0, 30.0, 60), flops_per_token=1e9)
     meter.start_clock()
     clock.seconds += 0.5
-    meter.add(update(10.0, 10.0, 20, grad_norm=3.0))
+    meter.add(update(10.0, 10.0, 20, grad_norm=3.0), flops_per_token=1e9)
     meter.stop_clock()
     clock.seconds += 100.0  # an evaluation
     values = meter.interval()
@@ -57,18 +57,33 @@ def test_intervals_are_averaged_over_targets_and_timed_without_pauses(clock):
     assert values["grad_norm"] == pytest.approx(2.0)
     assert values["tokens_per_second"] == pytest.approx(100 / 0.5)
     assert values["mfu"] == pytest.approx(200 * 1e9 / 989e12)
+    assert not {"window", "block_size"} & values.keys()
 
     meter.start_clock()
     clock.seconds += 1.5
-    meter.add(update(1.0, 1.0, 1))
+    meter.add(update(1.0, 1.0, 1), flops_per_token=1e9)
     meter.stop_clock()
     assert meter.interval()["tokens_per_second"] == pytest.approx(100 / 1.5)
     assert meter.tokens_per_second() == pytest.approx(200 / 2.0)
 
 
+def test_utilisation_follows_the_drawn_windows(clock):
+    meter = Meter(tokens_per_step=100, devices=[device("NVIDIA H100 80GB")] * 2)
+    meter.add(update(1.0, 1.0, 1) | {"window": 100}, flops_per_token=7e9)  # compiles, not timed
+    meter.start_clock()
+    for window, flops in ((100, 1e9), (2000, 5e9), (100, 1e9)):
+        clock.seconds += 0.5
+        meter.add(update(1.0, 1.0, 1) | {"window": window}, flops_per_token=flops)
+    meter.stop_clock()
+    values = meter.interval()
+    assert values["window"] == pytest.approx((100 + 100 + 2000 + 100) / 4)
+    assert values["mfu"] == pytest.approx(100 * (1e9 + 5e9 + 1e9) / 1.5 / (2 * 989e12))
+    assert "  window: 575  " in format_line(4, "train", values)
+
+
 def test_nothing_timed_is_nothing_said():
-    meter = Meter(tokens_per_step=100, flops_per_token=1e9, devices=[device("cpu")])
-    meter.add(update(1.0, 1.0, 1))
+    meter = Meter(tokens_per_step=100, devices=[device("cpu")])
+    meter.add(update(1.0, 1.0, 1), flops_per_token=1e9)
     values = meter.interval()
     assert "tokens_per_second" not in values
     assert "mfu" not in values
