@@ -60,6 +60,22 @@ def get_config() -> ConfigDict:
     phalanx.post_gate = True  # gate after it
     phalanx.gate_activation = optional(None)  # of the post-gate: not set, "silu" or "sigmoid"
 
+    model.mlstm = mlstm = ConfigDict()
+    mlstm.num_heads = 4  # heads, each with a matrix memory; attention has its own number
+    mlstm.qk_dim_factor = 0.5  # width of queries and keys, all heads together, over features
+    mlstm.v_dim_factor = 1.0  # width of values and output gate likewise
+    mlstm.gate_soft_cap = optional(15.0)  # bound of the gates' pre-activations; None: none
+    mlstm.head_norm = "layer"  # norm of each head's output: "layer" or "rms"
+    mlstm.input_gate = "exp"  # or "sigmoid"
+    mlstm.chunk_size = 128  # tokens taken at a time; changes speed, not results
+
+    model.gated_delta = gated_delta = ConfigDict()
+    gated_delta.num_heads = 4  # heads, each with a matrix memory
+    gated_delta.head_dim = optional(None)  # features of a key; None: features / (2 num_heads)
+    gated_delta.expand_v = 2.0  # features of a value over those of a key
+    gated_delta.conv_size = 4  # tokens that the short convolutions see
+    gated_delta.chunk_size = 64  # tokens taken at a time; changes speed, not results
+
     # --- data --------------------------------------------------------------------------------
     config.data = data = ConfigDict()
     data.source = "python"  # Python's own library, or a file, folder or pattern

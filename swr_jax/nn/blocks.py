@@ -16,6 +16,8 @@ from jax.typing import DTypeLike
 
 from swr_jax.nn.attention import SlidingWindowAttention
 from swr_jax.nn.feedforward import SwiGLU, rms_norm
+from swr_jax.nn.gated_delta import GatedDeltaNet
+from swr_jax.nn.mlstm import MLSTM
 from swr_jax.nn.phalanx import Phalanx
 
 # What the backward pass finds stored of a period of blocks; the rest it computes again.
@@ -40,6 +42,30 @@ class PhalanxConfig:
     pre_gate: bool = True
     post_gate: bool = True
     gate_activation: str | None = None
+
+
+@dataclass(frozen=True)
+class MLSTMConfig:
+    """Options of the "mlstm" mixer, with the meaning that `MLSTM` gives them."""
+
+    num_heads: int = 4
+    qk_dim_factor: float = 0.5
+    v_dim_factor: float = 1.0
+    gate_soft_cap: float | None = 15.0
+    head_norm: str = "layer"
+    input_gate: str = "exp"
+    chunk_size: int = 128
+
+
+@dataclass(frozen=True)
+class GatedDeltaConfig:
+    """Options of the "gated_delta" mixer, with the meaning that `GatedDeltaNet` gives them."""
+
+    num_heads: int = 4
+    head_dim: int | None = None
+    expand_v: float = 2.0
+    conv_size: int = 4
+    chunk_size: int = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +94,13 @@ class StackConfig:
     mlp_ratio: float = 8 / 3
     # Options of the "phalanx" mixer.
     phalanx: PhalanxConfig = field(default_factory=PhalanxConfig)
+    # Options of the "mlstm" mixer, its own number of heads among them.
+    mlstm: MLSTMConfig = field(default_factory=MLSTMConfig)
+    # Options of the "gated_delta" mixer, likewise.
+    gated_delta: GatedDeltaConfig = field(default_factory=GatedDeltaConfig)
     # Base of the wavelengths of the rotary embedding.
     rope_base: float = 10_000.0
-    # Added to the mean square in every RMSNorm.
+    # Added to the mean square in every RMSNorm, to the variance in the norm of mLSTM's heads.
     norm_epsilon: float = 1e-6
     # What the backward pass computes again: a name in REMAT_POLICIES.
     remat: str = "none"
@@ -121,6 +151,10 @@ class StackConfig:
         return self.depth // len(self.pattern)
 
 
+def _options(config: StackConfig, rngs: nnx.Rngs) -> dict[str, Any]:
+    return {"dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
+
+
 def _attention(config: StackConfig, window: int | None, rngs: nnx.Rngs) -> nnx.Module:
     return SlidingWindowAttention(
         config.features,
@@ -128,19 +162,30 @@ def _attention(config: StackConfig, window: int | None, rngs: nnx.Rngs) -> nnx.M
         num_kv_heads=config.num_kv_heads,
         window=window,
         rope_base=config.rope_base,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        rngs=rngs,
+        **_options(config, rngs),
     )
 
 
 def _phalanx(config: StackConfig, rngs: nnx.Rngs) -> nnx.Module:
-    return Phalanx(
+    return Phalanx(config.features, **vars(config.phalanx), **_options(config, rngs))
+
+
+def _mlstm(config: StackConfig, rngs: nnx.Rngs) -> nnx.Module:
+    return MLSTM(
         config.features,
-        **vars(config.phalanx),
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        rngs=rngs,
+        **vars(config.mlstm),
+        num_blocks=config.depth,
+        norm_epsilon=config.norm_epsilon,
+        **_options(config, rngs),
+    )
+
+
+def _gated_delta(config: StackConfig, rngs: nnx.Rngs) -> nnx.Module:
+    return GatedDeltaNet(
+        config.features,
+        **vars(config.gated_delta),
+        norm_epsilon=config.norm_epsilon,
+        **_options(config, rngs),
     )
 
 
@@ -150,14 +195,20 @@ MIXERS: dict[str, Callable[[StackConfig, nnx.Rngs], nnx.Module]] = {
     "attention": lambda config, rngs: _attention(config, None, rngs),
     "swa": lambda config, rngs: _attention(config, config.window, rngs),
     "phalanx": _phalanx,
+    "mlstm": _mlstm,
+    "gated_delta": _gated_delta,
 }
+
+# Mixers whose published initialisation already makes the last projection smaller with depth.
+_SCALED_BY_ITSELF = frozenset({"mlstm"})
 
 
 class Block(nnx.Module):
     """Pre-norm residual block: x + mixer(norm(x)), then x + feed-forward(norm(x)).
 
     Both last projections start smaller by sqrt(2 * depth), so that the residual stream of the
-    whole model has a variance that does not grow with depth.
+    whole model has a variance that does not grow with depth; that of mLSTM starts as published,
+    smaller by the depth.
 
     Args:
       config: the model's configuration.
@@ -172,7 +223,10 @@ class Block(nnx.Module):
         self.mixer = MIXERS[mixer](config, rngs)
         self.mlp_norm = rms_norm(config.features, **norm)
         self.mlp = SwiGLU(config.features, config.hidden_features, **dtypes, rngs=rngs)
-        for projection in (self.mixer.output, self.mlp.down):
+        last = [self.mlp.down]
+        if mixer not in _SCALED_BY_ITSELF:
+            last.append(self.mixer.output)
+        for projection in last:
             projection.kernel[...] = projection.kernel[...] * (2 * config.depth) ** -0.5
 
     def __call__(self, x, *, positions=None, segment_ids=None, state):
@@ -202,7 +256,7 @@ def make_periods(config: StackConfig, *, rngs: nnx.Rngs) -> nnx.List:
 
 
 def init_periods_state(
-    periods: nnx.List, config: StackConfig, batch: int, *, max_length: int
+    periods: nnx.List, config: StackConfig, batch: int, *, max_length: int | None
 ) -> tuple[Any, ...]:
     """Make the state of all blocks before any token.
 

@@ -9,7 +9,9 @@ from swr_jax.train.config import OptimizerConfig
 
 # Modules of a mixer that make its gates. The gate of a SwiGLU is not among them: it is half of a
 # feed-forward network's input projection, and decays like the other half.
-_GATES = frozenset({"decay", "pre_gate", "post_gate"})
+_GATES = frozenset(
+    {"decay", "pre_gate", "post_gate", "input_gate", "forget_gate", "output_gate", "write_gate"}
+)
 
 
 def learning_rate_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:

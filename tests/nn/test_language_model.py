@@ -8,10 +8,11 @@ import operator
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
-from swr_jax.nn.blocks import Block, PhalanxConfig
+from swr_jax.nn.blocks import Block, MLSTMConfig, PhalanxConfig
 from swr_jax.nn.language_model import LanguageModel, LanguageModelConfig, num_parameters
 
 BLOCK = 4  # tokens per block of the recurrence
@@ -23,8 +24,15 @@ PATTERNS = [
     ("swa", "attention"),
     ("phalanx",),
     ("swa",),
+    ("swa", "mlstm"),
 ]
-each_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids="-".join)
+# Mixers in another order, or whose own tests say as much: in the complete suite only.
+MORE_PATTERNS = [("mlstm", "swa"), ("mlstm",), ("swa", "gated_delta")]
+each_pattern = pytest.mark.parametrize(
+    "pattern",
+    [*PATTERNS, *(pytest.param(names, marks=pytest.mark.slow) for names in MORE_PATTERNS)],
+    ids="-".join,
+)
 
 
 def configuration(names, **options):
@@ -38,15 +46,26 @@ def configuration(names, **options):
         "window": 6,
         "mlp_features": 48,
         "phalanx": PhalanxConfig(head_dim=8, block_size=BLOCK, num_gate_heads=2, global_heads=2),
+        "mlstm": MLSTMConfig(num_heads=2, chunk_size=8),
     }
     return LanguageModelConfig(**(defaults | options))
 
 
 @functools.cache
 def initial(config):
-    """A model with larger embeddings than it starts with, so that logits tell tokens apart."""
+    """A model with larger embeddings than it starts with, so that logits tell tokens apart.
+
+    And with gates of mLSTM that are open, where they start all but closed and the same for all.
+    """
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     model.embedding[...] = 20 * model.embedding[...]
+    for name, block in zip(config.pattern, model.periods, strict=True):
+        if name == "mlstm":
+            mixer = block.mixer
+            for gate in (mixer.input_gate, mixer.forget_gate, mixer.output_gate):
+                shape = gate.kernel.shape
+                gate.kernel[...] = jax.random.normal(jax.random.key(1), shape) / math.sqrt(shape[1])
+            mixer.input_gate.bias[...] += 10
     return model
 
 
@@ -222,16 +241,25 @@ def test_remat_trades_memory_for_the_same_gradients():
         assert memory <= share * most, remat
 
 
-def test_every_parameter_has_a_gradient():
-    gradients, _ = gradients_and_memory(("phalanx", "attention"), "none")
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        ("phalanx", "attention"),
+        ("swa", "mlstm"),
+        pytest.param(("swa", "gated_delta"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
+def test_every_parameter_has_a_gradient(pattern):
+    gradients, _ = gradients_and_memory(pattern, "none")
     for path, gradient in nnx.to_flat_state(gradients):
-        assert jnp.abs(gradient[...]).max() > 0, path
+        assert 0 < jnp.abs(gradient[...]).max() < jnp.inf, path
 
 
 @pytest.mark.parametrize("features", [256, 384])
 def test_equal_widths_make_equal_numbers_of_parameters(features):
     counts = {}
-    for pattern in PATTERNS:
+    for pattern in PATTERNS + MORE_PATTERNS:
         config = LanguageModelConfig(
             vocab_size=300, features=features, depth=4, pattern=pattern, num_heads=4
         )
@@ -307,6 +335,67 @@ def test_last_projections_of_blocks_start_smaller_with_depth():
         assert not np.array_equal(block.mlp.gate.kernel[0], block.mlp.gate.kernel[1])
 
 
+def test_last_projection_of_mlstm_starts_as_published():
+    """Smaller by the number of blocks, and not once more by its square root."""
+    config = configuration(("mlstm",), depth=8, features=64)
+    (block,) = LanguageModel(config, rngs=nnx.Rngs(0)).periods
+    np.testing.assert_allclose(np.std(block.mixer.output.kernel[...]), 2 / 8 / 64**0.5, rtol=0.05)
+    wanted = 48**-0.5 / math.sqrt(2 * 8)
+    np.testing.assert_allclose(np.std(block.mlp.down.kernel[...]), wanted, rtol=0.05)
+
+
+def test_a_window_can_change_while_the_parameters_stay():
+    """As training with a window drawn for each batch does."""
+    config = configuration(("swa", "mlstm"))
+    short = dataclasses.replace(config, window=3)
+    definition, variables = nnx.split(initial(config))
+    short_definition, short_variables = nnx.split(initial(short))
+    assert jax.tree.structure(variables) == jax.tree.structure(short_variables)
+    jax.tree.map(np.testing.assert_array_equal, variables, short_variables)
+    assert definition != short_definition
+
+    wanted = compiled(short)[0](sample())
+    got = jax.jit(lambda tokens: nnx.merge(short_definition, variables)(tokens))(sample())
+    np.testing.assert_array_equal(got, wanted)
+    # Tokens up to the window see what they saw; what comes later does not.
+    long = compiled(config)[0](sample())
+    assert relative_error(long[:, :3], wanted[:, :3]) <= 3e-6
+    assert np.abs(long[:, 3:] - wanted[:, 3:]).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        ("swa", "mlstm"),
+        *(pytest.param(names, marks=pytest.mark.slow) for names in MORE_PATTERNS),
+    ],
+    ids="-".join,
+)
+def test_learns_a_text_by_heart(pattern):
+    config = configuration(pattern)
+    definition, variables = nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)))
+    tokens = sample(2, 17)
+
+    def loss(variables):
+        logits = nnx.merge(definition, variables)(tokens[:, :-1])
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], 2).mean()
+
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def update(variables, moments):
+        value, gradient = jax.value_and_grad(loss)(variables)
+        steps, moments = optimizer.update(gradient, moments)
+        return optax.apply_updates(variables, steps), moments, value
+
+    moments, losses = optimizer.init(variables), []
+    for _ in range(25):
+        variables, moments, value = update(variables, moments)
+        losses.append(float(value))
+    assert losses[0] == pytest.approx(math.log(VOCABULARY), abs=0.2)
+    assert losses[-1] < 0.5 * losses[0]
+
+
 @each_pattern
 def test_bfloat16_is_close_to_float32_and_logits_stay_float32(pattern):
     config = configuration(pattern)
@@ -334,7 +423,7 @@ def test_hidden_and_logits_are_the_two_halves_of_a_call():
     ("options", "message"),
     [
         ({"depth": 3}, "depth=3 is not a multiple of the 2 mixers"),
-        ({"pattern": ("swa", "conv")}, "each one of attention, phalanx, swa"),
+        ({"pattern": ("swa", "conv")}, "each one of attention, gated_delta, mlstm, phalanx, swa"),
         ({"pattern": ()}, "at least one name"),
         ({"vocab_size": 0}, "vocab_size=0; it must be at least 1"),
         ({"window": 0}, "window=0; it must be at least 1"),
