@@ -42,7 +42,10 @@ def flops_per_token(config: LanguageModelConfig, *, num_params: int, length: int
 
     6 per parameter, less an embedding that is only looked up, and 12 · features per attention
     layer and token seen (PaLM, arXiv 2204.02311, appendix B); a token sees (length + 1) / 2 tokens
-    on average, or those of its window. The recurrences themselves (under 1 %) are not counted.
+    on average, or those of its window. A matrix memory of Dk x Dv numbers is read and written at
+    every token, 12 · Dk · Dv per head, and by the delta rule read once more, 18 · Dk · Dv; what
+    evaluating it in chunks adds is not the model's. Phalanx's recurrence (under 1 %) is not
+    counted.
 
     Args:
         config: the model.
@@ -56,9 +59,16 @@ def flops_per_token(config: LanguageModelConfig, *, num_params: int, length: int
         # The first window - 1 tokens of a sequence see fewer.
         "swa": window - window * (window - 1) / (2 * length),
     }
+    mixing = {name: 12.0 * config.features * tokens for name, tokens in seen.items()}
+    mlstm, delta = config.mlstm, config.gated_delta
+    key_features = round(mlstm.qk_dim_factor * config.features)
+    value_features = round(mlstm.v_dim_factor * config.features)
+    mixing["mlstm"] = 12.0 * key_features * value_features / mlstm.num_heads
+    head_dim = delta.head_dim or config.features // (2 * delta.num_heads)
+    value_dim = round(delta.expand_v * head_dim)
+    mixing["gated_delta"] = 18.0 * delta.num_heads * head_dim * value_dim
     mixers = [config.pattern[i % len(config.pattern)] for i in range(config.depth)]
-    attention = sum(12.0 * config.features * seen.get(mixer, 0.0) for mixer in mixers)
-    return 6.0 * (num_params - looked_up) + attention
+    return 6.0 * (num_params - looked_up) + sum(mixing.get(mixer, 0.0) for mixer in mixers)
 
 
 def memory_mib(device: jax.Device) -> float:
