@@ -54,9 +54,11 @@ def sliding_window_attention(
       v: values [B, S, Nkv, Dh], dtype of `q`.
       window: number of keys that a query sees, its own included, at least 1; None: all before it.
       segment_ids: [B, S] integers; tokens of different segments never see each other.
-      implementation: None picks one: "tokamax" for bfloat16 and float16 on one GPU or TPU, or
-        inside `jax.shard_map` on many, where its kernels support the arguments; else "xla", which
-        the compiler can partition. A name is used as it is or fails, never replaced:
+      implementation: None picks one: for bfloat16 and float16 on one GPU or TPU, or inside
+        `jax.shard_map` on many, "tokamax" where it is installed and its kernels support the
+        arguments, then "cudnn" on an NVIDIA GPU (Ampere or later) where T = S, Dh is a multiple of
+        8 up to 128 and there are no segment_ids; else "xla", which the compiler can partition. A
+        name is used as it is or fails, never replaced:
         "xla" (`jax.nn`), "cudnn" (`jax.nn` on an NVIDIA GPU), "tokamax" (its kernels on GPU and
         TPU, its chunked XLA path on CPU).
 
@@ -74,12 +76,25 @@ def sliding_window_attention(
         window = None
     if implementation is not None:
         return _run(q, k, v, window, segment_ids, implementation)
-    if _kernels_fit(q.dtype):
-        try:
-            return _run(q, k, v, window, segment_ids, "tokamax")
-        except (NotImplementedError, ExceptionGroup):
-            pass  # raised by tokamax where none of its kernels takes these shapes or this mask
-    return _run(q, k, v, window, segment_ids, "xla")
+    return _pick(q, k, v, window, segment_ids)[1]
+
+
+def implementation_of(q: jax.ShapeDtypeStruct, *, window: int | None = None) -> str:
+    """Return the implementation that `sliding_window_attention` picks for plain self-attention.
+
+    Args:
+      q: shape [B, T, N, Dh] and dtype of queries, keys and values.
+      window: as there.
+    """
+    picked = []
+
+    def run(q: jax.Array) -> jax.Array:
+        name, out = _pick(q, q, q, window, None)
+        picked.append(name)
+        return out
+
+    jax.eval_shape(run, q)
+    return picked[0]
 
 
 def cached_attention(
@@ -116,6 +131,18 @@ def cached_attention(
     return _query_chunks(
         q, k, v, query_index, key_index, query_segment_ids, key_segment_ids, window, _attend_xla
     )
+
+
+def _pick(q, k, v, window, segment_ids) -> tuple[str, jax.Array]:
+    """Return what the best implementation here computes, and its name."""
+    for name in _kernels(q, k, segment_ids):
+        try:
+            return name, _run(q, k, v, window, segment_ids, name)
+        except (RuntimeError, ExceptionGroup):
+            # By tokamax where none of its kernels takes these shapes or this mask
+            # (NotImplementedError is a RuntimeError), by JAX where the cuDNN library is missing.
+            continue
+    return "xla", _run(q, k, v, window, segment_ids, "xla")
 
 
 def _run(q, k, v, window, segment_ids, implementation: str) -> jax.Array:
@@ -178,15 +205,32 @@ def _tokamax(q, k, v, *, mask=None, is_causal: bool = False, window: int | None 
     )
 
 
-def _kernels_fit(dtype) -> bool:
-    """Whether Pallas attention kernels are the better choice for this dtype, here and now."""
-    if jax.default_backend() == "cpu" or importlib.util.find_spec("tokamax") is None:
-        return False
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return False  # their float32 products are not float32 everywhere
+def _kernels(q, k, segment_ids) -> tuple[str, ...]:
+    """Name the attention kernels that may be better than XLA for these arguments, here and now."""
+    if jax.default_backend() == "cpu" or q.dtype not in (jnp.bfloat16, jnp.float16):
+        return ()  # their float32 products are not float32 everywhere
     # The compiler cannot split a kernel: outside shard_map it would gather its operands first.
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
+    if jax.device_count() > 1 and (mesh.empty or not mesh.are_all_axes_manual):
+        return ()
+    names = () if importlib.util.find_spec("tokamax") is None else ("tokamax",)
+    # Any other mask than a causal window would have to be written out for cuDNN.
+    plain = segment_ids is None and q.shape[1] == k.shape[1]
+    features = q.shape[3]
+    if plain and features % 8 == 0 and features <= 128 and _has_cudnn_kernels():
+        names = (*names, "cudnn")
+    return names
+
+
+def _has_cudnn_kernels() -> bool:
+    """Whether cuDNN has attention for the default device: an NVIDIA GPU from Ampere on."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "")
+    return (
+        device.platform == "gpu"
+        and capability.split(".")[0].isdigit()
+        and (int(capability.split(".")[0]) >= 8)
+    )
 
 
 def _visible(query_index, key_index, query_segments, key_segments, window) -> jax.Array:
