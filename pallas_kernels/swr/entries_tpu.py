@@ -12,6 +12,7 @@ from pallas_kernels.swr.tuning_tpu import TuningConfig
 BLOCK_SIZE = 16
 _A = jax.ShapeDtypeStruct((BATCH, TIME, HEADS), jnp.bfloat16)
 _V = jax.ShapeDtypeStruct((BATCH, TIME, FEATURES, HEADS), jnp.bfloat16)
+_LANE_ORDER = jax.ShapeDtypeStruct((BATCH, TIME, FEATURES * HEADS), jnp.bfloat16)
 _STATE = jax.ShapeDtypeStruct((BATCH, FEATURES, HEADS), jnp.float32)
 
 
@@ -27,12 +28,12 @@ def _backward(window, a, v, gates, starts, dx, dfinal):
     return backward_pass(window, a, v, gates, starts, dx, dfinal, states=(False, False))
 
 
-def _entries(operator: str, lookback: int | None, gates) -> tuple[Entry, Entry]:
+def _entries(operator: str, lookback: int | None, v, gates=None) -> tuple[Entry, Entry]:
     """The forward pass, with what it saves for the backward pass, and the backward pass."""
     window = Window(BLOCK_SIZE, lookback, TuningConfig())
     final = _STATE if lookback is None else None
-    inputs = (_A, _V, *(gates or ()))
-    plan, _ = plans(window, _A, _V, gates)
+    inputs = (_A, v, *(gates or ()))
+    plan, _ = plans(window, _A, v, gates)
 
     def trip_counts(loops):
         # The compiler loses the counts of the two nested loops of a tile of several intervals.
@@ -41,19 +42,19 @@ def _entries(operator: str, lookback: int | None, gates) -> tuple[Entry, Entry]:
 
     def build_forward(chip):
         del chip  # One tuning serves them all.
-        return functools.partial(_forward, window), (_A, _V, gates)
+        return functools.partial(_forward, window), (_A, v, gates)
 
     def build_backward(chip):
         del chip
-        _, starts, _ = jax.eval_shape(functools.partial(_forward, window), _A, _V, gates)
-        return functools.partial(_backward, window), (_A, _V, gates, starts, _V, final)
+        _, starts, _ = jax.eval_shape(functools.partial(_forward, window), _A, v, gates)
+        return functools.partial(_backward, window), (_A, v, gates, starts, v, final)
 
     return (
         Entry(
             name=f"swr/{operator}/forward",
             platform="tpu",
             build=build_forward,
-            bytes_minimum=_bytes(*inputs, _V, final),
+            bytes_minimum=_bytes(*inputs, v, final),
             launches=(Launch(trip_counts=trip_counts),),
         ),
         Entry(
@@ -61,17 +62,18 @@ def _entries(operator: str, lookback: int | None, gates) -> tuple[Entry, Entry]:
             platform="tpu",
             build=build_backward,
             # What the forward pass saved is not counted: a pass that saved nothing would need none.
-            bytes_minimum=_bytes(*inputs, _V, final, *inputs),
+            bytes_minimum=_bytes(*inputs, v, final, *inputs),
         ),
     )
 
 
 def entries() -> tuple[Entry, ...]:
-    """Every kernel: plain and gated, windowed and exact, forward and backward."""
-    gates = (_V, _V)
+    """Every kernel: plain and gated, windowed and exact, in both layouts, forward and backward."""
     return (
-        *_entries("plain", 1, None),
-        *_entries("gated", 1, gates),
-        *_entries("exact", None, None),
-        *_entries("gated exact", None, gates),
+        *_entries("plain", 1, _V),
+        *_entries("gated", 1, _V, (_V, _V)),
+        *_entries("exact", None, _V),
+        *_entries("gated exact", None, _V, (_V, _V)),
+        *_entries("gated, lane order", 1, _LANE_ORDER, (_LANE_ORDER, _LANE_ORDER)),
+        *_entries("gated exact, lane order", None, _LANE_ORDER, (_LANE_ORDER, _LANE_ORDER)),
     )

@@ -12,7 +12,7 @@ Array = jax.Array
 
 
 def differentiable(
-    forward: Callable, backward: Callable, wide: str, *, automatic: bool
+    forward: Callable, backward: Callable, wide: str, state: str, *, automatic: bool
 ) -> Callable:
     """Return solve(options, a, v, gates, local, previous) -> (x, final), spread over devices.
 
@@ -23,10 +23,11 @@ def differentiable(
             (None without `save`), and the final state (None unless lookback is None).
         backward: takes (options, a, v, gates, local, previous, saved, dx, dfinal) to the gradients
             of a, v, gates, local and previous, None for None.
-        wide: letters of the axes of v, gates and x, as `distributed` takes them: "bthd" or "btdh".
+        wide: letters of the axes of v, gates and x, as `distributed` takes them.
+        state: the same of local, previous and final; what is saved has "b", "s", "k" for "b".
         automatic: as `distributed` takes it.
     """
-    state, saved = wide.replace("t", ""), wide.replace("t", "sk")
+    saved = state.replace("b", "bsk")
     arguments = ("bth", wide, wide, state, state)
 
     def run_forward(options, *given, save):

@@ -273,7 +273,7 @@ def _backward(options, a, v, gates, local, previous, states, dx, dfinal):
     )
 
 
-_solve = differentiable(_forward, _backward, "bthd", automatic=True)
+_solve = differentiable(_forward, _backward, "bthd", "bhd", automatic=True)
 
 
 def _chunk_states(products: Array, ends: Array, first: Array | None) -> Array:

@@ -8,7 +8,10 @@ its carriers stay in VMEM, and the other axes are independent, so chips of two c
 The backward pass recomputes the states of a tile of tokens from the one that the forward pass saved
 at the tile's beginning: one or two float32 states per tile, 1.6 % of what the pass moves at most.
 
-What costs extra, all of it outside the kernels, in XLA:
+Lane order is a second layout, [B, T, H D] as a projection writes it (`lane_order`): the kernels
+turn it in VMEM, and nothing is left to do around them. `Phalanx` uses it.
+
+What costs extra otherwise, all of it outside the kernels, in XLA:
     [B, T, H, D] in and out     a transposition each way, unless XLA moves it into a neighbour
     D not a multiple of 8 (float32) or 16 (bfloat16)    padding copies
     H not a multiple of 128     lanes of the last group idle; where it saves a quarter or more, the
@@ -32,6 +35,7 @@ from jax.sharding import AxisType
 
 from pallas_kernels.interpreter import simulated_platform
 from pallas_kernels.swr.gradient import differentiable, repeat_heads
+from pallas_kernels.swr.lane_order import LANES, fits
 from pallas_kernels.swr.mosaic_tpu_calls import (
     Window,
     backward_pass,
@@ -39,7 +43,7 @@ from pallas_kernels.swr.mosaic_tpu_calls import (
     group_features,
 )
 from pallas_kernels.swr.mosaic_tpu_kernels import SUBLANES
-from pallas_kernels.swr.tuning_tpu import LANES, TuningConfig
+from pallas_kernels.swr.tuning_tpu import TuningConfig
 
 Array = jax.Array
 Gates = tuple[Array, Array] | None
@@ -127,18 +131,51 @@ def block_two_pass_heads_minor(
     Source: arXiv 2512.13921, the block two-pass algorithm.
     """
     _check(a, v, gates, previous, block_size, lookback)
-    time, heads = v.shape[1], v.shape[3]
-    config = TuningConfig() if config is None else config
+    if gates is not None:
+        gates = tuple(repeat_heads(gate, v.shape[3], axis=3) for gate in gates)
+    return _windowed(_solve, a, v, gates, local, previous, block_size, lookback, config)
+
+
+def block_two_pass_lane_order(
+    a: Array,
+    v: Array,
+    gates: Gates,
+    local: Array | None,
+    previous: Array | None,
+    *,
+    block_size: int,
+    lookback: int | None,
+    config: TuningConfig | None = None,
+) -> tuple[Array, Array | None]:
+    """`block_two_pass_heads_minor` for arrays in lane order, read and written as they lie.
+
+    Args:
+        a: decays [B, T, H], H a multiple of 128.
+        v: inputs [B, T, H D] in lane order, float32 or bfloat16; D a multiple of 16 that one
+            program holds, or several share evenly.
+        gates: None, or (b, c), each like v.
+        local, previous: None or [B, D, H].
+        block_size, lookback, config: as there.
+
+    Returns:
+        x [B, T, H D] in lane order and v's dtype; the final state [B, D, H] or None.
+
+    Raises:
+        NotImplementedError: as there, or other sizes and dtypes than the above.
+    """
+    _check(a, v, gates, previous, block_size, lookback)
+    return _windowed(_solve_lane_order, a, v, gates, local, previous, block_size, lookback, config)
+
+
+def _windowed(solve, a, v, gates, local, previous, block_size, lookback, config):
     exact = lookback is None
-    if not exact and block_size >= time:
+    if not exact and block_size >= v.shape[1]:
         # One block: nothing is forgotten, and its two initial states can only add up.
         lookback = None
         local = local if previous is None else previous if local is None else local + previous
         previous = None
-    if gates is not None:
-        gates = tuple(repeat_heads(gate, heads, axis=3) for gate in gates)
-    window = Window(block_size, lookback, config)
-    x, final = _solve(window, a, v, gates, _float32(local), _float32(previous))
+    window = Window(block_size, lookback, TuningConfig() if config is None else config)
+    x, final = solve(window, a, v, gates, _float32(local), _float32(previous))
     return x, final if exact else None
 
 
@@ -216,8 +253,42 @@ def _backward(window, a, v, gates, local, previous, starts, dx, dfinal):
     return da, dv.astype(v.dtype), dgates, dlocal, dprevious
 
 
+def _forward_lane_order(window, a, v, gates, local, previous, *, save):
+    """What `forward_pass` returns, for arrays in lane order."""
+    _check_lane_order(window, a, v, gates)
+    return forward_pass(window, a, v, gates, local, previous, save=save)
+
+
+def _backward_lane_order(window, a, v, gates, local, previous, starts, dx, dfinal):
+    """The gradients of a, v, gates, local, previous, for arrays in lane order."""
+    wanted = (local is not None, previous is not None)
+    da, dv, db, dc, *dstates = backward_pass(window, a, v, gates, starts, dx, dfinal, states=wanted)
+    return da, dv, None if gates is None else (db, dc), *dstates
+
+
+def _check_lane_order(window, a, v, gates) -> None:
+    """Raise NotImplementedError unless one device's arrays can be read as they lie."""
+    heads = a.shape[2]
+    if not fits(heads):
+        raise NotImplementedError(f"{heads} heads on a device: lane order needs a multiple of 128")
+    features = v.shape[2] // heads
+    if math.prod(group_features(features, window.config, 2 * SUBLANES)) != features:
+        raise NotImplementedError(f"{features} features: lane order needs a multiple of 16")
+    for x in (a, v, *(gates or ())):
+        if x.dtype == jnp.float16:
+            raise NotImplementedError("float16: lane order takes float32 and bfloat16")
+    for gate in gates or ():
+        if gate.shape != v.shape:
+            raise NotImplementedError(
+                f"gates of shape {gate.shape} for v of shape {v.shape}: they must be equal"
+            )
+
+
 # The TPU's compiler cannot split a kernel.
-_solve = differentiable(_forward, _backward, "btdh", automatic=False)
+_solve = differentiable(_forward, _backward, "btdh", "bdh", automatic=False)
+_solve_lane_order = differentiable(
+    _forward_lane_order, _backward_lane_order, "bth", "bdh", automatic=False
+)
 
 
 class _Folding(NamedTuple):

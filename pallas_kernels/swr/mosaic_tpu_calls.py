@@ -1,17 +1,21 @@
 """The TPU kernels' calls: tiling, BlockSpecs, VMEM, cost estimates.
 
-Everything here has heads minor: v, b, c, x [B, T, D, H], a [B, T, H], states [B, D, H]; T, H are
-any numbers, and D is what `group_features` can divide without a rest.
+Here v, b, c, x are [B, T, D, H], heads minor, or all [B, T, H D] in lane order; a is [B, T, H],
+states are [B, D, H]. T, H are any numbers (in lane order H is a multiple of 128), and D is what
+`group_features` can divide without a rest.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.swr.lane_order import LANES
 from pallas_kernels.swr.mosaic_tpu_kernels import (
     SUBLANES,
     TERM_STRIDE,
@@ -19,7 +23,8 @@ from pallas_kernels.swr.mosaic_tpu_kernels import (
     backward_kernel,
     forward_kernel,
 )
-from pallas_kernels.swr.tuning_tpu import LANES, VMEM_BUDGET, TuningConfig
+from pallas_kernels.swr.mosaic_tpu_tokens import turned_shape
+from pallas_kernels.swr.tuning_tpu import VMEM_BUDGET, TuningConfig
 
 Array = jax.Array
 Gates = tuple[Array, Array] | None
@@ -40,25 +45,31 @@ def group_features(features: int, config: TuningConfig, multiple: int) -> tuple[
     return groups, pl.cdiv(pl.cdiv(features, groups), multiple) * multiple
 
 
+def _sizes(a: Array, v: Array) -> tuple[int, int, int, int]:
+    """B, T, H, D of arrays in either layout."""
+    return (*a.shape, v.size // a.size)
+
+
 def _token_bytes(features: int, arrays) -> int:
     """Bytes of one token in VMEM, over 128 heads, of arrays like these."""
     return sum(features * LANES * x.dtype.itemsize for x in arrays)
 
 
-def _fit(tile: int, rows: int, token_bytes: int) -> int:
-    """The largest power of two up to `tile` whose tokens fit VMEM."""
-    while tile > max(16, rows) and tile * token_bytes > VMEM_BUDGET:
+def _fit(tile: int, rows: int, token_bytes: int, other_bytes: int) -> int:
+    """The largest power of two up to `tile` whose tokens fit VMEM beside what else is there."""
+    while tile > max(16, rows) and tile * token_bytes + other_bytes > VMEM_BUDGET:
         tile //= 2
     return tile
 
 
 def plans(window: Window, a: Array, v: Array, gates: Gates) -> tuple[Plan, Plan]:
     """The forward and the backward plan; the forward pass saves what the backward one starts at."""
-    config, time = window.config, v.shape[1]
-    _, features = group_features(v.shape[2], config, SUBLANES)
+    config, lane_order = window.config, v.ndim == 3
+    _, time, _, features = _sizes(a, v)
+    _, features = group_features(features, config, SUBLANES)
     arrays = (v,) if gates is None else (v, *gates)
     rows, sixteens = config.rows, pl.cdiv(time, 16)
-    if any(x.dtype.itemsize == 4 for x in arrays):
+    if any(x.dtype.itemsize == 4 for x in arrays) or (lane_order and gates is not None):
         # Loads of 32 float32 rows at once would not all find registers.
         rows = min(rows, 16)
     rows = min(rows, 16 * sixteens)
@@ -69,23 +80,37 @@ def plans(window: Window, a: Array, v: Array, gates: Gates) -> tuple[Plan, Plan]
     backward = 2 * _token_bytes(features, (*arrays, *arrays, v)) + decays
     backward += 4 * LANES * states * features
     forward = 2 * _token_bytes(features, (*arrays, v)) + decays
-    interval = _fit(tile, rows, backward)
+    # What turns a chunk's tokens: v, b, c and x, or c, dv and db; and v, b and dx of a whole tile.
+    turned = 4 * math.prod(turned_shape(rows, features)) if lane_order else 0
+    backward += 3 * turned // rows
+    interval = _fit(tile, rows, backward, len(arrays) * turned)
     plan = Plan(
         time=time,
         features=features,
         block_size=window.block_size,
         lookback=window.lookback,
-        tile=_fit(tile, rows, forward),
+        tile=_fit(tile, rows, forward, (len(arrays) + 1) * turned),
         interval=interval,
         rows=rows,
+        lane_order=lane_order,
     )
     return plan, dataclasses.replace(plan, tile=interval)
 
 
-def _specs(plan: Plan, at: Callable) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
-    """BlockSpecs of [B, T, D, H], of [B, T, H] and of [B, D, H]; `at` orders the tiles of time."""
+def _specs(
+    plan: Plan, groups: int, at: Callable
+) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+    """BlockSpecs of v, of [B, T, H] and of [B, D, H]; `at` orders the tiles of time.
+
+    The features of a group of heads are divided among `groups` programs.
+    """
+    tokens = pl.BlockSpec((1, plan.tile, plan.features, LANES), lambda b, h, d, t: (b, at(t), d, h))
+    if plan.lane_order:
+        tokens = pl.BlockSpec(
+            (1, plan.tile, plan.features * LANES), lambda b, h, d, t: (b, at(t), h * groups + d)
+        )
     return (
-        pl.BlockSpec((1, plan.tile, plan.features, LANES), lambda b, h, d, t: (b, at(t), d, h)),
+        tokens,
         pl.BlockSpec((1, plan.tile, LANES), lambda b, h, _, t: (b, at(t), h)),
         pl.BlockSpec((1, plan.features, LANES), lambda b, h, d, _: (b, d, h)),
     )
@@ -95,10 +120,11 @@ def _call(
     name: str,
     kernel: Callable,
     plan: Plan,
+    a: Array,
     v: Array,
     inputs: Sequence[tuple[Array | None, pl.BlockSpec]],
     outputs: Sequence[tuple[jax.ShapeDtypeStruct | None, pl.BlockSpec]],
-    scratch: Sequence[tuple[int, ...]],
+    scratch: Sequence[tuple[int, ...] | None],
     operations: int,
 ) -> tuple[Array | None, ...]:
     """Run a kernel over (batch, heads, features, time), leaving out arguments that are None.
@@ -107,27 +133,27 @@ def _call(
     """
 
     def spread(refs, slots):
-        refs = iter(refs)
-        return tuple(None if slot is None else next(refs) for slot, _ in slots)
+        return tuple(None if slot is None else next(refs) for slot in slots)
 
     def present(slots):
-        return [slot for slot in slots if slot[0] is not None]
+        return zip(*(slot for slot in slots if slot[0] is not None), strict=True)
 
-    arrays, in_specs = zip(*present(inputs), strict=True)
-    structs, out_specs = zip(*present(outputs), strict=True)
+    arrays, in_specs = present(inputs)
+    structs, out_specs = present(outputs)
+    given, wanted = ([x for x, _ in slots] for slots in (inputs, outputs))
 
     def body(*refs):
-        split, end = len(arrays), len(arrays) + len(structs)
-        kernel(plan, spread(refs[:split], inputs), spread(refs[split:end], outputs), refs[end:])
+        refs = iter(refs)
+        kernel(plan, spread(refs, given), spread(refs, wanted), spread(refs, scratch))
 
-    batch, _, features, heads = v.shape
+    batch, _, heads, features = _sizes(a, v)
     call = pl.pallas_call(
         body,
         grid=(batch, pl.cdiv(heads, LANES), features // plan.features, plan.tiles),
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=structs,
-        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch if shape is not None],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),
@@ -140,7 +166,14 @@ def _call(
     )
     # TPUs index with 32 bits, also where a program has 64 enabled.
     with jax.enable_x64(False):
-        return spread(call(*arrays), outputs)
+        return spread(iter(call(*arrays)), wanted)
+
+
+def _turned(plan: Plan, x: Any, *chunks: int) -> tuple[int, ...] | None:
+    """Scratch to turn tokens of an array like x; None where they need not be."""
+    if not plan.lane_order or x is None:
+        return None
+    return (*chunks, *turned_shape(plan.rows, plan.features))
 
 
 def _struct(v: Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
@@ -167,13 +200,13 @@ def forward_pass(
         save: whether a backward pass will follow.
 
     Returns:
-        x [B, T, D, H]; if `save`, states [B, tiles, states, D, H] that the backward pass starts
+        x like v; if `save`, states [B, tiles, states, D, H] that the backward pass starts
         its tiles from, float32; with `lookback=None`, the final state [B, D, H], float32.
     """
     plan, _ = plans(window, a, v, gates)
-    batch, _, features, heads = v.shape
+    batch, _, heads, features = _sizes(a, v)
     b, c = (None, None) if gates is None else gates
-    tokens, decays, state = _specs(plan, lambda t: t)
+    tokens, decays, state = _specs(plan, features // plan.features, lambda t: t)
     intervals = plan.tile // plan.interval
     starts = _struct(v, (batch, plan.tiles * intervals, plan.states, features, heads))
     starts_spec = pl.BlockSpec(
@@ -184,6 +217,7 @@ def forward_pass(
         "swr_forward" if gates is None else "swr_gated_forward",
         forward_kernel,
         plan,
+        a,
         v,
         [(a, decays), (v, tokens), (b, tokens), (c, tokens), (local, state), (previous, state)],
         [
@@ -191,7 +225,11 @@ def forward_pass(
             (starts if save else None, starts_spec),
             (final if plan.lookback is None else None, state),
         ],
-        [(plan.tile, LANES), (plan.states, plan.features, LANES)],
+        [
+            (plan.tile, LANES),
+            (plan.states, plan.features, LANES),
+            *(_turned(plan, x) for x in (v, b, c, v)),
+        ],
         operations=3 * plan.states - 1 + (0 if gates is None else 3),
     )
 
@@ -220,14 +258,14 @@ def backward_pass(
         Gradients of a, v, b, c, local, previous; None for what was not there or is not wanted.
     """
     _, plan = plans(window, a, v, gates)
-    batch, time, features, heads = v.shape
+    batch, time, heads, features = _sizes(a, v)
     b, c = (None, None) if gates is None else gates
     groups = features // plan.features
 
     def at(t):
         return plan.tiles - 1 - t
 
-    tokens, decays, state = _specs(plan, at)
+    tokens, decays, state = _specs(plan, groups, at)
     starts_spec = pl.BlockSpec(
         (1, 1, plan.states, plan.features, LANES), lambda b, h, d, t: (b, at(t), 0, d, h)
     )
@@ -240,6 +278,7 @@ def backward_pass(
         "swr_backward" if gates is None else "swr_gated_backward",
         backward_kernel,
         plan,
+        a,
         v,
         [
             *((a, decays), (v, tokens), (b, tokens), (c, tokens), (dx, tokens)),
@@ -254,6 +293,8 @@ def backward_pass(
             (plan.states, plan.features, LANES),
             (plan.states, plan.tile, plan.features, LANES),
             (plan.rows * TERM_STRIDE, LANES),
+            *(_turned(plan, x, plan.tile // plan.rows) for x in (v, b, dx)),
+            *(_turned(plan, x) for x in (c, dv, db)),
         ],
         operations=9 * plan.states - 2 + (0 if gates is None else 6),
     )

@@ -29,6 +29,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.swr.mosaic_tpu_tokens import reader, turn, writer
+
 SUBLANES = 8
 # Rows from one token's terms to the next one's: odd, so that strided loads meet eight banks.
 TERM_STRIDE = 9
@@ -49,6 +51,7 @@ class Plan:
         tile: tokens per grid step.
         interval: tokens between two states that the forward pass saves: the backward pass's tile.
         rows: tokens unrolled in a loop's body, a divisor of `interval`.
+        lane_order: whether arrays are [1, tile, features * lanes], not [1, tile, features, lanes].
     """
 
     time: int
@@ -58,6 +61,7 @@ class Plan:
     tile: int
     interval: int
     rows: int
+    lane_order: bool
 
     @property
     def states(self) -> int:
@@ -116,11 +120,6 @@ def _first_token(plan: Plan, chunk: int | jax.Array) -> int | jax.Array:
     return base if isinstance(base, int) else pl.multiple_of(base, plan.rows)
 
 
-def _float32(ref, i) -> jax.Array:
-    """Token i of a ref [1, tile, features, lanes]."""
-    return ref[0, i].astype(jnp.float32)
-
-
 def _advance(decay, u: jax.Array, i, states: States) -> States:
     row_decay = decay[pl.ds(i, 1), :]
     e, *g = (row_decay * state for state in states)
@@ -134,11 +133,12 @@ def forward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) ->
         plan: what it is specialised for.
         inputs: refs of a, v, b, c, local, previous; None for what is not there.
         outputs: refs of x, starts, final.
-        scratch: float32 refs for decays [tile, lanes] and states [states, features, lanes].
+        scratch: float32 refs for decays [tile, lanes], states [states, features, lanes], and what
+            turns the tokens of v, b, c and x; None for what is not there.
     """
     a, v, b, c, local, previous = inputs
     x, starts, final = outputs
-    decay, kept = scratch
+    decay, kept, turned_v, turned_b, turned_c, turned_x = scratch
     tile = pl.program_id(TIME_AXIS)
     whole, ragged = _chunks(plan, tile)
     decay[...] = a[0].astype(jnp.float32)
@@ -150,17 +150,23 @@ def forward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) ->
 
     def chunk(count: int, index, states: States) -> States:
         base = _first_token(plan, index)
+        for ref, turned in ((v, turned_v), (b, turned_b), (c, turned_c)):
+            turn(ref, turned, base, count)
+        v_at = reader(v, turned_v, base)
+        b_at = reader(b, turned_b, base)
+        c_at = reader(c, turned_c, base)
+        put_x, finish_x = writer(x, turned_x, base, count)
         for row in range(count):
-            i = base + row
-            value = _float32(v, i)
-            u = value if b is None else _float32(b, i) * value
-            states = _advance(decay, u, i, states)
+            value = v_at(row)
+            u = value if b is None else b_at(row) * value
+            states = _advance(decay, u, base + row, states)
             out = functools.reduce(jnp.add, states)
             if c is not None:
-                out = out * _float32(c, i) + value
-            x[0, i] = out.astype(x.dtype)
+                out = out * c_at(row) + value
+            put_x(row, out)
             token = tile * plan.tile + base
             states = _hand_over(states, _inside(plan, row, token))
+        finish_x()
         return states
 
     states = tuple(kept[k] for k in range(plan.states))
@@ -199,12 +205,16 @@ def backward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) -
         inputs: refs of a, v, b, c, dy, starts, dfinal; None for what is not there.
         outputs: refs of da, dv, db, dc, dlocal, dprevious.
         scratch: float32 refs for decays [tile, lanes], cotangents on their way to the left
-            [states, features, lanes], states before each token [states, tile, features, lanes]
-            and the terms of a chunk's da before they are summed over sublanes [9 rows, lanes].
+            [states, features, lanes], states before each token [states, tile, features, lanes],
+            the terms of a chunk's da before they are summed over sublanes [9 rows, lanes], and
+            what turns the tokens of v, b and dy, chunk by chunk, and those of one chunk of c, dv
+            (or dc) and db; None for what is not there.
     """
     a, v, b, c, dy, starts, dfinal = inputs
     da, dv, db, dc, dlocal, dprevious = outputs
-    decay, kept, before, terms = scratch
+    decay, kept, before, terms, turned_v, turned_b, turned_dy, turned_c, turned_dv, turned_db = (
+        scratch
+    )
     step = pl.program_id(TIME_AXIS)
     tile = plan.tiles - 1 - step
     whole, ragged = _chunks(plan, tile)
@@ -216,31 +226,55 @@ def backward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) -
         if dfinal is not None:
             kept[0] = dfinal[0]
 
+    def part(turned, index):
+        return None if turned is None else turned.at[index]
+
+    def readers(index, base):
+        """Of v, b and dy, which both loops read, and which stay as `recompute` has turned them."""
+        pairs = ((v, turned_v), (b, turned_b), (dy, turned_dy))
+        return (reader(ref, part(turned, index), base) for ref, turned in pairs)
+
     def recompute(count: int, index, states: States) -> States:
         """States before each token of a chunk, from left to right."""
         base = _first_token(plan, index)
+        v_at, b_at, dy_at = readers(index, base)
+        turn(v, part(turned_v, index), base, count)
+        turn(b, part(turned_b, index), base, count)
+        if c is not None:
+            # The gate's gradient needs the state behind the token: here it is.
+            turn(dy, part(turned_dy, index), base, count)
+            put_dc, finish_dc = writer(dc, turned_dv, base, count)
         for row in range(count):
             i = base + row
             for k, state in enumerate(states):
                 before[k, i] = state
-            u = _float32(v, i) if b is None else _float32(b, i) * _float32(v, i)
+            u = v_at(row) if b is None else b_at(row) * v_at(row)
             states = _advance(decay, u, i, states)
             if c is not None:
-                # The gate's gradient needs the state behind the token: here it is.
-                dc[0, i] = (_float32(dy, i) * functools.reduce(jnp.add, states)).astype(dc.dtype)
+                put_dc(row, dy_at(row) * functools.reduce(jnp.add, states))
             token = tile * plan.tile + base
             states = _hand_over(states, _inside(plan, row, token))
+        if c is not None:
+            finish_dc()
         return states
 
     def pull_back(count: int, index, states: States) -> States:
         """Cotangents of a chunk, from right to left."""
         base = _first_token(plan, index)
+        v_at, b_at, dy_at = readers(index, base)
+        put_dv, finish_dv = writer(dv, turned_dv, base, count)
+        if c is None:
+            turn(dy, part(turned_dy, index), base, count)
+        else:
+            turn(c, turned_c, base, count)
+            c_at = reader(c, turned_c, base)
+            put_db, finish_db = writer(db, turned_db, base, count)
         for row in reversed(range(count)):
             i = base + row
             token = tile * plan.tile + base
             states = _hand_over(states, _inside(plan, row, token))
-            dout = _float32(dy, i)
-            dx = dout if c is None else _float32(c, i) * dout
+            dout = dy_at(row)
+            dx = dout if c is None else c_at(row) * dout
             mu = dx + states[0]
             s = mu if len(states) == 1 else mu + states[1]
             products = s * before[0, i]
@@ -249,12 +283,15 @@ def backward_kernel(plan: Plan, inputs: tuple, outputs: tuple, scratch: tuple) -
             parts = (products[n : n + SUBLANES] for n in range(0, plan.features, SUBLANES))
             terms[pl.ds(row * TERM_STRIDE, SUBLANES), :] = functools.reduce(jnp.add, parts)
             if b is None:
-                dv[0, i] = s.astype(dv.dtype)
+                put_dv(row, s)
             else:
-                dv[0, i] = (s * _float32(b, i) + dout).astype(dv.dtype)
-                db[0, i] = (s * _float32(v, i)).astype(db.dtype)
+                put_dv(row, s * b_at(row) + dout)
+                put_db(row, s * v_at(row))
             row_decay = decay[pl.ds(i, 1), :]
             states = (row_decay * mu, *(row_decay * q for q in states[1:]))
+        finish_dv()
+        if c is not None:
+            finish_db()
         # Sum over sublanes, eight tokens at once: the k-th sublane of each is one strided load.
         sums = []
         for start in range(0, plan.rows * TERM_STRIDE, SUBLANES * TERM_STRIDE):

@@ -2,8 +2,6 @@
 
 import dataclasses
 
-# Lanes of a vector register: heads that one program works on.
-LANES = 128
 # What a kernel's buffers may take together, in bytes: below the 16 MiB that the compiler grants a
 # kernel by default, with room for its own scratch.
 VMEM_BUDGET = 13 * 1024 * 1024
