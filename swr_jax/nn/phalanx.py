@@ -1,6 +1,7 @@
 """Phalanx: gated sliding-window recurrences as a drop-in for windowed attention."""
 
 import types
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from flax import nnx, struct
 from jax.typing import DTypeLike
 
 from swr_jax.nn.common import linear
-from swr_jax.ops import validation
+from swr_jax.ops import lane_order, validation
 from swr_jax.ops.recurrence import (
     gated_sliding_window_recurrence,
     recurrence_step,
@@ -200,18 +201,11 @@ class Phalanx(nnx.Module):
         block_size, lookback = self._window(block_size, lookback)
         batch, time, _ = x.shape
 
-        def heads(y: jax.Array) -> jax.Array:
-            return y.reshape(batch, time, -1, self.head_dim)
-
-        v = heads(self.value(x))
+        if state is None and self._has_lane_order(x, block_size, lookback):
+            return self._in_lane_order(x, segment_ids, block_size, lookback)
         a = self._decays(x)
-        b = None if self.pre_gate is None else heads(nnx.sigmoid(self.pre_gate(x)))
-        activation = GATE_ACTIVATIONS[self.gate_activation]
-        c = None if self.post_gate is None else heads(activation(self.post_gate(x)))
-        if b is None and c is not None:
-            b = jnp.ones_like(c)
-        if c is None and b is not None:
-            c = jnp.ones_like(b)
+        gates, v = self._gates_and_values(x, lambda layer: layer)
+        v, *gates = (y.reshape(batch, time, -1, self.head_dim) for y in (v, *gates))
 
         if state is not None and segment_ids is not None:
             continues = segment_ids[:, 0] == state.last_segment
@@ -232,9 +226,14 @@ class Phalanx(nnx.Module):
             if absent:
                 states.append(None)
                 continue
-            gates = None if b is None else (b[:, :, gate_part], c[:, :, gate_part])
             out, after = _recur(
-                a[:, :, part], gates, v[:, :, part], segment_ids, before, block_size, reach
+                a[:, :, part],
+                tuple(gate[:, :, gate_part] for gate in gates) or None,
+                v[:, :, part],
+                segment_ids,
+                before,
+                block_size,
+                reach,
             )
             outputs.append(out)
             states.append(after)
@@ -244,6 +243,49 @@ class Phalanx(nnx.Module):
             return y
         last = state.last_segment if segment_ids is None else segment_ids[:, -1].astype(jnp.int32)
         return y, PhalanxState(window=states[0], everything=states[1], last_segment=last)
+
+    def _gates_and_values(
+        self, x: jax.Array, arranged: Callable[[nnx.Linear], nnx.Linear]
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """The gates (b, c), or () for none, and v, by projections that are `arranged` first."""
+        v = arranged(self.value)(x)
+        if self.pre_gate is None and self.post_gate is None:
+            return (), v
+        b = c = None
+        if self.pre_gate is not None:
+            b = nnx.sigmoid(arranged(self.pre_gate)(x))
+        if self.post_gate is not None:
+            c = GATE_ACTIVATIONS[self.gate_activation](arranged(self.post_gate)(x))
+        return (jnp.ones_like(c) if b is None else b, jnp.ones_like(b) if c is None else c), v
+
+    def _has_lane_order(self, x: jax.Array, block_size: int, lookback: int | None) -> bool:
+        """Whether all heads do the same, and a kernel reads them as the projections write them."""
+        shape = (*x.shape[:2], self.num_heads, self.head_dim)
+        dtype = jnp.dtype(self.value.dtype or jnp.result_type(x, self.value.kernel[...]))
+        alike = self.global_heads in (0, self.num_heads) and self.num_gate_heads == self.num_heads
+        reach = None if self.global_heads else lookback
+        return alike and lane_order.is_read_here(
+            shape, dtype, block_size=block_size, lookback=reach
+        )
+
+    def _in_lane_order(
+        self, x: jax.Array, segment_ids: jax.Array | None, block_size: int, lookback: int | None
+    ) -> jax.Array:
+        """What a call without a state returns, with no transposition between projections."""
+
+        def columns(x: jax.Array) -> jax.Array:
+            return lane_order.to_lane_order(x.reshape(*x.shape[:-1], self.num_heads, -1))
+
+        gates, v = self._gates_and_values(x, lambda layer: _with(layer, columns))
+        out = lane_order.recurrence_in_lane_order(
+            self._decays(x),
+            v,
+            gates or None,
+            block_size=block_size,
+            lookback=None if self.global_heads else lookback,
+            segment_ids=segment_ids,
+        )
+        return _with(self.output, lambda kernel: columns(kernel.T).T)(out if gates else out + v)
 
     def _decays(self, x: jax.Array) -> jax.Array:
         if self.fixed_decay is not None:
@@ -255,6 +297,12 @@ class Phalanx(nnx.Module):
             self.block_size if block_size is None else block_size,
             self.lookback if lookback is ... else lookback,
         )
+
+
+def _with(layer: nnx.Linear, change: Callable[[jax.Array], jax.Array]) -> nnx.Linear:
+    """Return the layer with changed parameters."""
+    definition, parameters = nnx.split(layer)
+    return nnx.merge(definition, jax.tree.map(change, parameters))
 
 
 def _spread_decays(_, shape: tuple[int], dtype: DTypeLike) -> jax.Array:

@@ -246,7 +246,8 @@ def _recurrence(
     window = {"block_size": block_size, "lookback": lookback}
     split = None
     if initial_state is None and not return_state:
-        split = split_of(v, gates, **window)
+        split_heads = v.shape[2] if gates is None else gates[0].shape[2]
+        split = split_of(*v.shape[:2], split_heads, **window)
     if split is None:
         out, state = evaluated(a, v, gates, initial_state)
         return (out, state) if return_state else out

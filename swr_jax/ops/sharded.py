@@ -43,18 +43,18 @@ class Split(NamedTuple):
         return jax.P(self.batch, SEQUENCE_AXIS if self.sequence > 1 else None, self.heads)
 
 
-def split_of(v: Array, gates: Gates, *, block_size: int, lookback: int | None) -> Split | None:
+def split_of(
+    batch: int, time: int, heads: int, *, block_size: int, lookback: int | None
+) -> Split | None:
     """Return how the mesh in context splits a call, or None where it does not.
 
-    An axis that does not divide what it would split is left out. So is the sequence's where a
-    window would reach past the neighbour's part.
+    `heads` counts what may be split: gate heads, where heads share gates. An axis that does not
+    divide what it would split is left out. So is the sequence's where a window would reach past
+    the neighbour's part.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return None
-    batch, time, heads = v.shape[:3]
-    if gates is not None:
-        heads = math.gcd(heads, gates[0].shape[2])
 
     def dividing(names: tuple[str, ...], size: int) -> tuple[str, ...]:
         found: tuple[str, ...] = ()
@@ -83,6 +83,7 @@ def over_mesh(
     block_size: int,
     lookback: int | None,
     dtype: jnp.dtype,
+    by_heads: Callable[[Array, int], Array] | None = None,
 ) -> Array:
     """Return recurrence(a, v, gates, None), each device computing its own part of it.
 
@@ -92,38 +93,49 @@ def over_mesh(
         a, v, gates: as the operators take them, resets already in a.
         block_size, lookback: the window.
         dtype: dtype of the maths, and of what is handed on.
+        by_heads: where v and the gates are in another layout, what brings some of their tokens to
+            [B, t, heads, D], given these and the number of heads.
     """
 
     def part(a: Array, v: Array, gates: Gates) -> Array:
         state = None
         if split.sequence > 1:
+            # Of a window, no more than the last tokens matter.
+            last = slice(None) if lookback is None else slice(-(lookback + 1) * block_size, None)
+            inputs = (v,) if gates is None else (gates[0], v)
+            factors = tuple(x[:, last] for x in inputs)
+            if by_heads is not None:
+                factors = tuple(by_heads(x, a.shape[2]) for x in factors)
             if lookback is None:
-                state = _before_exact(a, v, gates, split.sequence, dtype)
+                state = _before_exact(a, factors, split.sequence, dtype)
             else:
-                state = _before_window(a, v, gates, split.sequence, block_size, lookback, dtype)
+                time, window = v.shape[1], (block_size, lookback)
+                state = _before_window(a[:, last], factors, time, split.sequence, *window, dtype)
         return recurrence(a, v, gates, state)
 
     specs = (split.spec, split.spec, None if gates is None else (split.spec, split.spec))
     return jax.shard_map(part, mesh=split.mesh, in_specs=specs, out_specs=split.spec)(a, v, gates)
 
 
-def _before_window(a, v, gates, parts, block_size, lookback, dtype):
+def _before_window(a, factors, time, parts, block_size, lookback, dtype):
     """Return the state that this device's part starts from: None, carriers, or mid-block.
+
+    The decays and the factors of the input are those of the last of its `time` tokens.
 
     What the neighbour hands on is, for the block that is under way at the cut and for each of the
     `lookback` before it, the state that its tokens have made, decayed up to the cut.
     """
-    batch, time, heads, features = v.shape
+    *b, v = factors
+    batch, reach, heads, features = v.shape
     aligned = time % block_size == 0
     if aligned and lookback == 0:
         return None
-    reach = (lookback + 1) * block_size
     position = (lax.axis_index(SEQUENCE_AXIS) * time) % block_size
     end = (position + time) % block_size
     block = (end + jnp.arange(reach)) // block_size  # of the last tokens; the last is under way
-    a, v = a[:, -reach:], v[:, -reach:].astype(dtype)
-    if gates is not None:
-        v = jnp.repeat(gates[0][:, -reach:], heads // gates[0].shape[2], axis=2).astype(dtype) * v
+    v = v.astype(dtype)
+    if b:
+        v = jnp.repeat(b[0], heads // b[0].shape[2], axis=2).astype(dtype) * v
     # In the order of `RecurrenceState`: the block under way, then the carriers, newest first.
     ages = range(1 if aligned else 0, lookback + 1)
     message = [
@@ -150,15 +162,14 @@ def _before_window(a, v, gates, parts, block_size, lookback, dtype):
     )
 
 
-def _before_exact(a, v, gates, parts, dtype):
+def _before_exact(a, factors, parts, dtype):
     """Return the exact recurrence's state before this device's part, [B, H, D]."""
-    time, heads = v.shape[1:3]
-    factors = (v,) if gates is None else (gates[0], v)
+    batch, time, heads = a.shape
     groups = factors[0].shape[2]
     product, end = reduce_block(
         fold(a, time, groups), tuple(fold(x, time, groups) for x in factors), dtype=dtype
     )
-    message = jnp.concatenate([product, end], axis=-1).reshape(v.shape[0], heads, -1)
+    message = jnp.concatenate([product, end], axis=-1).reshape(batch, heads, -1)
     everyone = lax.all_gather(message, SEQUENCE_AXIS)
     index = lax.axis_index(SEQUENCE_AXIS)
     state = jnp.zeros_like(message[..., 1:])
