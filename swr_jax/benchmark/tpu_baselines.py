@@ -1,53 +1,79 @@
 """The TPU kernels beside what XLA makes of the same recurrence, as the TPU's compiler predicts.
 
 All at a constant number of tokens, T from 2k to 128k, H 128, D 16, bfloat16 in and out, float32
-inside, heads in the minor axis (which suits the chip, and associative_scan too). XLA's programs are
-given the time that their compiler estimates, kernels the larger of memory and issue time. The scan
-has no window. Forward and backward together return the output and both gradients; the floor counts
-decays, inputs and cotangents read once, outputs and gradients written once.
+inside. XLA's programs are given the time that their compiler estimates, kernels the larger of
+memory and issue time. associative_scan comes twice: with heads in the minor axis, which suits the
+chip, and with features there, as the operators' arguments have it. The row-by-row scan is a kernel
+with the traffic of the exact one (swr_jax/benchmark/row_scan.py). Neither scan has a window.
+Forward and backward together return the output and both gradients; the floor counts decays, inputs
+and cotangents read once, outputs and gradients written once.
 """
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import targets
 from pallas_kernels.swr.mosaic_tpu import block_two_pass_heads_minor
+from swr_jax.benchmark.row_scan import row_scan
 
 TOKENS, HEADS, FEATURES = 65536, 128, 16
 LENGTHS = (2048, 8192, 32768, 131072)
 CHIPS = ("v5e", "v5p", "v6e")
 MODES = ("forward", "forward+backward")
-KERNELS = {"window kernel": 1, "exact kernel": None}
 
 
-def associative_scan(a: jax.Array, u: jax.Array) -> jax.Array:
-    """Exact recurrence over [B, T, D, H] by `jax.lax.associative_scan`."""
+def _associative_scan(heads_axis: int) -> Callable:
+    """Exact recurrence by `jax.lax.associative_scan`, heads on `heads_axis` of u's four."""
 
     def combine(left, right):
         return left[0] * right[0], right[0] * left[1] + right[1]
 
-    a, wide = a[:, :, None].astype(jnp.float32), u.astype(jnp.float32)
-    return jax.lax.associative_scan(combine, (a, wide), axis=1)[1].astype(u.dtype)
-
-
-def _kernel(lookback: int | None) -> Callable:
     def run(a: jax.Array, u: jax.Array) -> jax.Array:
-        return block_two_pass_heads_minor(a, u, None, None, None, block_size=16, lookback=lookback)[
-            0
-        ]
+        decays = jnp.expand_dims(a, 5 - heads_axis).astype(jnp.float32)
+        x = jax.lax.associative_scan(combine, (decays, u.astype(jnp.float32)), axis=1)[1]
+        return x.astype(u.dtype)
 
     return run
 
 
-PROGRAMS = {"associative_scan": associative_scan}
+def _kernel(lookback: int | None) -> Callable:
+    def run(a: jax.Array, u: jax.Array) -> jax.Array:
+        window = {"block_size": 16, "lookback": lookback}
+        return block_two_pass_heads_minor(a, u, None, None, None, **window)[0]
+
+    return run
 
 
-def _arguments(length: int, mode: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+class Contestant(NamedTuple):
+    """A recurrence of decays [B, T, H] and of inputs whose axes after B and T are `layout`."""
+
+    run: Callable
+    layout: tuple[int, ...]
+
+
+HEADS_MINOR = (FEATURES, HEADS)
+CONTESTANTS = {
+    "programs": {
+        "associative_scan": Contestant(_associative_scan(3), HEADS_MINOR),
+        "associative_scan, features minor": Contestant(_associative_scan(2), (HEADS, FEATURES)),
+    },
+    "kernels": {
+        "row-by-row kernel": Contestant(row_scan, (HEADS * FEATURES,)),
+        "window kernel": Contestant(_kernel(1), HEADS_MINOR),
+        "exact kernel": Contestant(_kernel(None), HEADS_MINOR),
+    },
+}
+OURS = ("window kernel", "exact kernel")
+OTHERS = ("associative_scan", "associative_scan, features minor", "row-by-row kernel")
+
+
+def _arguments(length: int, mode: str, layout: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
     batch = max(1, TOKENS // length)
-    u = jax.ShapeDtypeStruct((batch, length, FEATURES, HEADS), jnp.bfloat16)
+    u = jax.ShapeDtypeStruct((batch, length, *layout), jnp.bfloat16)
     a = jax.ShapeDtypeStruct((batch, length, HEADS), jnp.bfloat16)
     return (a, u) if mode == "forward" else (a, u, u)
 
@@ -65,14 +91,13 @@ def predict(chip: str, kind: str) -> Iterator[dict]:
 
     Args:
         chip: one of `CHIPS`.
-        kind: "programs" (XLA's) or "kernels" (ours).
+        kind: "programs" (XLA's) or "kernels".
     """
-    contestants = PROGRAMS if kind == "programs" else {k: _kernel(v) for k, v in KERNELS.items()}
     for length in LENGTHS:
         for mode in MODES:
-            arguments = _arguments(length, mode)
-            for name, fn in contestants.items():
-                fn = fn if mode == "forward" else _both(fn)
+            for name, (run, layout) in CONTESTANTS[kind].items():
+                fn = run if mode == "forward" else _both(run)
+                arguments = _arguments(length, mode, layout)
                 compile_ = targets.compile_program if kind == "programs" else targets.compile_for
                 report = compile_(chip, fn, *arguments, name=name)
                 seconds = report.cycles_seconds if kind == "programs" else report.seconds
@@ -92,10 +117,11 @@ def predict(chip: str, kind: str) -> Iterator[dict]:
 
 def table(predictions: list[dict], tokens: int) -> str:
     """Markdown: times and ratios at one length."""
+    names = (*OTHERS, *OURS)
     lines = [
-        "| chip | | `associative_scan`, us | window kernel, us | times faster | exact kernel, us "
-        "| times faster | temporary memory of the scan, of the kernels |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| chip | | {' | '.join(f'{name}, us' for name in names)} | window kernel: times faster "
+        "| exact kernel: times faster | temporary memory of the scan, of the kernels |",
+        f"|---|---|{'---|' * (len(names) + 3)}",
     ]
     for chip in CHIPS:
         for mode in MODES:
@@ -104,13 +130,13 @@ def table(predictions: list[dict], tokens: int) -> str:
                 for row in predictions
                 if (row["chip"], row["mode"], row["tokens"]) == (chip, mode, tokens)
             }
-            scan = found["associative_scan"]
-            cells = [chip, mode, f"{scan['seconds'] * 1e6:,.0f}"]
-            for name in KERNELS:
-                seconds = found[name]["seconds"]
-                cells += [f"{seconds * 1e6:,.0f}", f"{scan['seconds'] / seconds:.1f}"]
-            memory = max(found[name]["temporary_bytes"] for name in KERNELS)
-            cells.append(f"{scan['temporary_bytes'] / 2**30:.1f} GiB, {memory / 2**20:.1f} MiB")
+            cells = [chip, mode, *(f"{found[name]['seconds'] * 1e6:,.0f}" for name in names)]
+            for ours in OURS:
+                ratios = (found[name]["seconds"] / found[ours]["seconds"] for name in OTHERS)
+                cells.append(", ".join(f"{ratio:.1f}" for ratio in ratios))
+            memory = max(found[name]["temporary_bytes"] for name in OURS)
+            scan = found["associative_scan"]["temporary_bytes"]
+            cells.append(f"{scan / 2**30:.1f} GiB, {memory / 2**20:.1f} MiB")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -125,6 +151,8 @@ def draw(record: dict, path: Path) -> None:
     figure, axes = plt.subplots(len(MODES), len(CHIPS), figsize=(13, 7.5), sharex=True, sharey=True)
     styles = {
         "associative_scan": ("tab:red", "D", "--"),
+        "associative_scan, features minor": ("tab:orange", "s", "--"),
+        "row-by-row kernel": ("tab:purple", "v", "-."),
         "window kernel": ("tab:blue", "o", "-"),
         "exact kernel": ("tab:green", "^", ":"),
     }
