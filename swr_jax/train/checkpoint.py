@@ -15,7 +15,12 @@ from swr_jax.train.state import TrainState
 
 FOLDER = "checkpoints"  # of a run's folder
 # Options that do not change what a run computes, so that they may change when it is resumed.
-_OF_NO_EFFECT = ("model.remat ", "data.read_threads ")
+_OF_NO_EFFECT = (
+    "model.remat ",
+    "model.mlstm.chunk_size ",
+    "model.gated_delta.chunk_size ",
+    "data.read_threads ",
+)
 
 
 class Checkpointer:
@@ -90,8 +95,11 @@ class Checkpointer:
         """
         run = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
         run = run["config"]
+        # What was saved before an option existed had its default.
+        saved = from_dict(TrainConfig, run["config"])
         for part in ("model", "data"):
-            _check_same(self.directory, part, run["config"][part], to_dict(getattr(config, part)))
+            was, now = (to_dict(getattr(either, part)) for either in (saved, config))
+            _check_same(self.directory, part, was, now)
         if run["process_count"] != jax.process_count():
             raise ValueError(
                 f"{self.directory} was written by {run['process_count']} process(es), and the "

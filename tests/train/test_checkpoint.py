@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from swr_jax.data import make_dataset
+from swr_jax.data import DataConfig, make_dataset
+from swr_jax.train import checkpoint
 from swr_jax.train.checkpoint import Checkpointer, load_model
-from swr_jax.train.config import MeshConfig, TrainConfig
+from swr_jax.train.config import MeshConfig, TrainConfig, to_dict
 from swr_jax.train.sharding import make_mesh
 from swr_jax.train.state import Blueprint, TrainState, init_state, make_blueprint
 
@@ -149,3 +150,24 @@ def test_what_changes_no_result_may_change(config, blueprint, state, tmp_path):
         checkpoints.save(1, state, batches, config)
         checkpoints.wait()
         assert_equal(checkpoints.restore(1, blueprint.abstract, batches, other), as_numpy(state))
+
+
+def test_options_that_came_later_had_their_default(config, blueprint, state, tmp_path, monkeypatch):
+    """A checkpoint of an older version lacks them, and is continued all the same."""
+
+    def older(config: TrainConfig) -> dict:
+        saved = to_dict(config)
+        del saved["model"]["mlstm"], saved["data"]["shuffle_tokens"]
+        return saved
+
+    batches = iter(make_dataset(config.data))
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "to_dict", older)
+            checkpoints.save(1, state, batches, config)
+            checkpoints.wait()
+        default = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, shuffle_tokens=DataConfig.shuffle_tokens)
+        )
+        restored = checkpoints.restore(1, blueprint.abstract, batches, default)
+        assert_equal(restored, as_numpy(state))
