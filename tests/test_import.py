@@ -10,6 +10,7 @@ HEAVY = {
     "ml_collections",
     "orbax",
     "pyarrow",
+    "safetensors",
     "sentencepiece",
     "tensorboardX",
     "tokamax",
