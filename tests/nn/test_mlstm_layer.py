@@ -11,11 +11,11 @@ from flax import nnx
 from layer_cases import (
     documents,
     fed_in_pieces,
+    numpy_mlstm_layer,
     parameters_of,
-    randomise,
+    randomised,
     relative_error,
     sample,
-    sigmoid,
 )
 
 from swr_jax.nn import MLSTM
@@ -25,16 +25,27 @@ PIECES = [8, 1, 1, 8, 1, 1, 8, 1]
 FLOAT32 = 1e-5
 VARIANTS = {
     "published": {"num_heads": 2, "chunk_size": 8},
-    "sigmoid": {"num_heads": 3, "input_gate": "sigmoid", "head_norm": "rms", "chunk_size": 4},
-    "wide": {"num_heads": 2, "qk_dim_factor": 0.25, "v_dim_factor": 2.0, "gate_soft_cap": 0.7},
+    "other": {
+        "num_heads": 3,
+        "qk_dim_factor": 0.25,
+        "v_dim_factor": 2.0,
+        "gate_soft_cap": 0.7,
+        "head_norm": "rms",
+        "input_gate": "sigmoid",
+        "norm_epsilon": 0.3,
+        "chunk_size": 4,
+    },
     "uncapped": {"num_heads": 1, "gate_soft_cap": None, "norm_epsilon": 0.3, "chunk_size": 16},
 }
-each_variant = pytest.mark.parametrize("variant", VARIANTS)
+each_variant = pytest.mark.parametrize(
+    "variant", ["published", "other", pytest.param("uncapped", marks=pytest.mark.slow)]
+)
 
 
 @functools.cache
 def make(variant, **options):
-    return randomise(MLSTM(FEATURES, rngs=nnx.Rngs(0), **(VARIANTS[variant] | options)))
+    options = VARIANTS[variant] | options
+    return randomised(lambda: MLSTM(FEATURES, rngs=nnx.Rngs(0), **options))
 
 
 @functools.cache
@@ -47,45 +58,13 @@ def compiled(variant):
     return full, step
 
 
-def numpy_layer(x, p, options):
-    """One document [T, M] in float64, token by token, from the equations without a stabilizer."""
-    heads, cap = options["num_heads"], options.get("gate_soft_cap", 15.0)
-
-    def gate(name):
-        z = x @ p[f"{name}.kernel"] + p[f"{name}.bias"]
-        return z if cap is None else cap * np.tanh(z / cap)
-
-    q, k, v = (
-        (x @ p[f"{name}.kernel"]).reshape(len(x), heads, -1) for name in ["query", "key", "value"]
-    )
-    i = np.exp(gate("input_gate"))
-    if options.get("input_gate") == "sigmoid":
-        i = sigmoid(gate("input_gate"))
-    f = sigmoid(gate("forget_gate"))
-    scale = p["head_norm.scale"].reshape(heads, -1)
-    out = np.zeros_like(v)
-    for head in range(heads):
-        memory, normalizer = np.zeros((k.shape[2], v.shape[2])), np.zeros(k.shape[2])
-        for t in range(len(x)):
-            key = i[t, head] * k[t, head]
-            memory = f[t, head] * memory + np.outer(key, v[t, head])
-            normalizer = f[t, head] * normalizer + key
-            query = q[t, head] / np.sqrt(q.shape[2])
-            h = query @ memory / max(abs(query @ normalizer), 1.0)
-            if options.get("head_norm", "layer") == "layer":
-                h = h - h.mean()
-            h = h / np.sqrt((h**2).mean() + options.get("norm_epsilon", 1e-6))
-            out[t, head] = h * scale[head]
-    return (sigmoid(x @ p["output_gate.kernel"]) * out.reshape(len(x), -1)) @ p["output.kernel"]
-
-
 @each_variant
 def test_equals_the_layer_written_out_in_float64(variant):
     x = sample(LENGTH, FEATURES)
     y = compiled(variant)[0](x)
     parameters = parameters_of(make(variant))
     for row in range(2):
-        wanted = numpy_layer(np.asarray(x[row], np.float64), parameters, VARIANTS[variant])
+        wanted = numpy_mlstm_layer(np.asarray(x[row], np.float64), parameters, VARIANTS[variant])
         assert relative_error(y[row], wanted) <= FLOAT32
 
 
@@ -112,13 +91,13 @@ def test_gradients_are_those_of_finite_differences(variant):
 
         def loss(step, name=name, direction=direction):
             moved = values | {name: values[name] + step * direction}
-            return np.sum(numpy_layer(moved.pop("x")[0], moved, VARIANTS[variant]) * y_bar[0])
+            return np.sum(numpy_mlstm_layer(moved.pop("x")[0], moved, VARIANTS[variant]) * y_bar[0])
 
         wanted = (loss(1e-6) - loss(-1e-6)) / 2e-6
         np.testing.assert_allclose(np.sum(got * direction), wanted, rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("variant", ["published", "sigmoid"])
+@pytest.mark.parametrize("variant", ["published", "other"])
 def test_packed_documents_equal_separate_runs(variant):
     full, _ = compiled(variant)
     x, ids = sample(LENGTH, FEATURES), documents(LENGTH, [2, 3, 12, 20])
@@ -153,7 +132,7 @@ def test_a_stream_in_pieces_is_one_full_forward(variant, chunks):
     np.testing.assert_array_equal(state.last_segment, [0, 0])
 
 
-@pytest.mark.parametrize("variant", ["published", "sigmoid"])
+@pytest.mark.parametrize("variant", ["published", "other"])
 @pytest.mark.parametrize(
     "boundaries", [[8, 9, 10, 17], [1, 13, 15, 28]], ids=["at the starts of calls", "inside them"]
 )
@@ -169,8 +148,8 @@ def test_without_segment_ids_a_stream_goes_on_in_the_last_segment():
     full, step = compiled("published")
     x, ids = sample(LENGTH, FEATURES), jnp.full((2, 8), 7, jnp.int32)
     _, state = step(x[:, :8], make("published").init_state(2), segment_ids=ids)
-    y, state = step(x[:, 8:], state)
-    assert relative_error(y, full(x)[:, 8:]) <= FLOAT32
+    y, state = step(x[:, 8:16], state)
+    assert relative_error(y, full(x)[:, 8:16]) <= FLOAT32
     np.testing.assert_array_equal(state.last_segment, [7, 7])
 
 
@@ -186,13 +165,11 @@ def test_bfloat16_computation_keeps_parameters_gates_and_state_in_float32():
     layer, x = make("published", dtype=jnp.bfloat16), sample(LENGTH, FEATURES)
     assert {v.dtype for v in jax.tree.leaves(nnx.state(layer))} == {jnp.dtype("float32")}
     step = jax.jit(lambda x, state: layer(x, state=state))
-    y, state = step(x, layer.init_state(2))
+    y, state = fed_in_pieces(layer, step, x, [LENGTH - 1, 1])
     assert y.dtype == jnp.bfloat16
     assert layer.input_gate(x).dtype == layer.forget_gate(x).dtype == jnp.float32
     assert {v.dtype.name for v in jax.tree.leaves(state)} == {"float32", "int32"}
     assert relative_error(y, compiled("published")[0](x)) <= 2e-2
-    streamed, _ = fed_in_pieces(layer, step, x, [LENGTH - 3, 1, 1, 1])
-    assert relative_error(streamed, y) <= 4e-3
     assert make("published", param_dtype=jnp.bfloat16).head_norm.scale.dtype == jnp.bfloat16
 
 

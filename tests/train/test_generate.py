@@ -23,7 +23,17 @@ def model() -> LanguageModel:
     return make_model("phalanx", "attention")
 
 
-@pytest.mark.parametrize("pattern", [("phalanx", "attention"), ("swa", "phalanx")])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        ("phalanx", "attention"),
+        ("swa", "phalanx"),
+        ("swa", "mlstm"),
+        pytest.param(("mlstm", "swa"), marks=pytest.mark.slow),
+        pytest.param(("mlstm",), marks=pytest.mark.slow),
+        ("swa", "gated_delta"),
+    ],
+)
 def test_greedy_is_the_argmax_of_the_full_forward_pass_token_by_token(pattern):
     model = make_model(*pattern)
     prompt = np.random.default_rng(0).integers(0, 256, 21).tolist()

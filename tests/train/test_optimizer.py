@@ -1,15 +1,18 @@
 """What weight decay applies to, and the course of the learning rate."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from swr_jax.nn.language_model import LanguageModel
 from swr_jax.train.config import MeshConfig, OptimizerConfig
-from swr_jax.train.optimizer import learning_rate_schedule
-from swr_jax.train.sharding import make_mesh
+from swr_jax.train.optimizer import decay_mask, learning_rate_schedule
+from swr_jax.train.sharding import logical_axes, make_mesh
 from swr_jax.train.state import make_blueprint
 
 
@@ -41,6 +44,29 @@ def test_only_matrices_that_are_no_gates_decay(config):
         "periods/0/mixer/decay/bias",
         "periods/0/mixer/pre_gate/kernel",
         "periods/0/mixer/post_gate/bias",
+    }
+
+
+def test_no_gate_of_a_matrix_memory_decays(config):
+    model = dataclasses.replace(config.model, pattern=("mlstm", "gated_delta"))
+    model = nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0)))
+    mask = paths(decay_mask(logical_axes(nnx.state(model))))
+    mixers = {name: decays for name, decays in mask.items() if "/mixer/" in name}
+    convolutions = {f"periods/1/mixer/{name}_conv/kernel" for name in ("query", "key", "value")}
+    assert {name for name, decays in mixers.items() if decays} == convolutions | {
+        f"periods/{block}/mixer/{name}/kernel"
+        for block in (0, 1)
+        for name in ("query", "key", "value", "output")
+    }
+    assert set(mixers) >= {
+        "periods/0/mixer/input_gate/kernel",
+        "periods/0/mixer/forget_gate/kernel",
+        "periods/0/mixer/output_gate/kernel",
+        "periods/0/mixer/head_norm/scale",
+        "periods/1/mixer/decay/kernel",
+        "periods/1/mixer/log_rate",
+        "periods/1/mixer/write_gate/kernel",
+        "periods/1/mixer/output_gate/kernel",
     }
 
 
