@@ -86,7 +86,7 @@ def mlstm(
     validation.check_options(chunk_size, input_gate, normalize)
     validation.check_inputs(q, k, v, i, f, segment_ids)
     if initial_state is None:
-        state = MLSTMState.zeros(q.shape[0], *q.shape[2:], v.shape[-1])
+        state = _empty_state(q, v)
     else:
         validation.check_state("initial_state", initial_state, q, v)
         state = initial_state
@@ -150,7 +150,8 @@ def mlstm_step(
         m = jnp.where(log_i >= kept, log_i, kept)
     # h does not depend on m: a constant in it, it can make no 0 * inf of a gradient.
     constant = lax.stop_gradient(jnp.where(jnp.isneginf(m), 0, m))
-    forget = jnp.exp(log_f + (before - constant))
+    # At most 1, but for the rounding of enormous gates.
+    forget = jnp.exp(jnp.minimum(log_f + (before - constant), 0))
     key = jnp.exp(log_i - constant)[..., None] * k
     memory = forget[..., None, None] * memory + key[..., None] * v[..., None, :]
     normalizer = forget[..., None] * normalizer + key
@@ -178,6 +179,16 @@ def reset_gates(log_f: Array, segment_ids: Array) -> Array:
     starts = segment_ids[:, 1:] != segment_ids[:, :-1]
     starts = jnp.pad(starts, ((0, 0), (1, 0)))
     return jnp.where(starts[..., None], -jnp.inf, log_f)
+
+
+def _empty_state(q: Array, v: Array) -> MLSTMState:
+    """Return `MLSTMState.zeros` for q [B, T, H, Dk] and v, distributed over a mesh as they are."""
+    q, v = q[:, 0], v[:, 0]
+    return MLSTMState(
+        jnp.zeros_like(q[..., :, None] * v[..., None, :], jnp.float32),
+        jnp.zeros_like(q, jnp.float32),
+        jnp.full_like(q[..., 0], -jnp.inf, jnp.float32),
+    )
 
 
 def _log_gates(i: Array, f: Array, input_gate: str, dtype: jnp.dtype) -> tuple[Array, Array]:

@@ -191,8 +191,8 @@ def _read(options: Options, chunk: _Chunk, state: State) -> _Rows:
     if options.stabilized:
         newest = jnp.max(between + chunk.log_i[..., None, :], axis=-1)
         m = _finite(jnp.maximum(before + state.stabilizer[..., None], newest))
-    a = jnp.exp(between + (chunk.log_i[..., None, :] - m[..., :, None]))
-    g = jnp.exp(before + (state.stabilizer[..., None] - m))[..., None]
+    a = _exp(between + (chunk.log_i[..., None, :] - m[..., :, None]))
+    g = _exp(before + (state.stabilizer[..., None] - m))[..., None]
 
     scores = _einsum("bhik,bhjk->bhij", chunk.q, chunk.k)
     s = _weigh(a, scores)
@@ -234,8 +234,8 @@ def _advance(options: Options, chunk: _Chunk, state: State) -> tuple[State, _Upd
         index = length - 1 - jnp.argmax(written[..., ::-1], axis=-1)
         winner = jax.nn.one_hot(index, length, dtype=written.dtype)
         winner = jnp.where((newest >= kept)[..., None], winner, 0)
-    a = jnp.exp(after + (chunk.log_i - safe[..., None]))[..., None]
-    c = jnp.exp(whole + (state.stabilizer - safe))
+    a = _exp(after + (chunk.log_i - safe[..., None]))[..., None]
+    c = _exp(whole + (state.stabilizer - safe))
 
     keys = a * chunk.k
     memory = _weigh(c[..., None, None], state.memory)
@@ -264,14 +264,13 @@ def _chunk_gradient(
     dh = dh / rows.divisor
     ds = _einsum("bhiv,bhjv->bhij", dh, v)
     drecalled = jnp.sum(dh * rows.recalled, axis=-1, keepdims=True)
-    inner = jnp.sum(rows.s * ds, axis=-1, keepdims=True) + drecalled
-    dd = -inner / rows.divisor * rows.slope
-    ds = ds + dd
-    # Cotangents of the logarithms of A and g.
-    dlog_a = rows.s * ds
+    dlog_a = _weigh(rows.s, ds)
+    dd = -(jnp.sum(dlog_a, axis=-1, keepdims=True) + drecalled) / rows.divisor * rows.slope
+    # Now the whole cotangents of log A and log g, to which S and the recalled are proportional.
+    dlog_a += rows.s * dd
     dlog_g = (drecalled + dd * rows.recalled_sum)[..., 0]
 
-    p = _weigh(rows.a, ds)
+    p = _weigh(rows.a, ds + dd)
     reads = rows.g * q
     dq = _einsum("bhij,bhjk->bhik", p, k)
     dq += _weigh(rows.g, _einsum("bhiv,bhkv->bhik", dh, state.memory))
@@ -284,9 +283,9 @@ def _chunk_gradient(
 
     # Through the state after the chunk.
     written = _einsum("bhjv,bhkv->bhjk", v, dstate.memory) + dstate.normalizer[..., None, :]
-    written = update.a * written
+    written = _weigh(update.a, written)
     dk += written
-    dv += update.a * _einsum("bhjk,bhkv->bhjv", k, dstate.memory)
+    dv += _weigh(update.a, _einsum("bhjk,bhkv->bhjv", k, dstate.memory))
     dlog_i = jnp.sum(written * k, axis=-1) + update.winner * dstate.stabilizer[..., None]
     inherited = jnp.sum(update.winner, axis=-1) == 0
     dm = jnp.where(inherited, dstate.stabilizer, 0)
@@ -339,6 +338,11 @@ def span_sums(x: Array) -> Array:
 
 
 # --- helpers ----------------------------------------------------------------------------------
+
+
+def _exp(x: Array) -> Array:
+    """exp of the logarithm of a weight, which only the rounding of enormous gates takes above 0."""
+    return jnp.exp(jnp.minimum(x, 0))
 
 
 def _weigh(weight: Array, x: Array) -> Array:

@@ -243,7 +243,8 @@ def _sweep(q, k, v, i, f, input_gate, normalize, initial_state, segment_ids) -> 
         )
         query = q[:, t] / np.sqrt(q.shape[-1])
         denominator = np.einsum("bhk,bhk->bh", query, after.normalizer)
-        bound = np.exp(-m)
+        with np.errstate(over="ignore"):
+            bound = np.exp(-m)  # infinite where every gate is closed: h is 0 then
         divisor = np.maximum(np.abs(denominator), bound) if normalize else np.ones_like(m)
         above = np.where(np.abs(denominator) > bound, np.sign(denominator), 0)
         h = np.einsum("bhk,bhkv->bhv", query, after.memory) / divisor[..., None]
