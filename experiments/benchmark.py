@@ -1,30 +1,39 @@
-"""Checks the project's operators and layers against float64, then times them side by side.
+"""Checks the project's operators, layers and models against float64, then times them.
 
     python experiments/benchmark.py --suite=cpu
+    python experiments/benchmark.py --suite=device --out=DIR
 
-Each section writes SUITE_SECTION.json and .png into --out, the JSON after every measurement, and
-prints a table. Nothing is timed while a check is red. The picture needs matplotlib; without it the
-script says so and leaves the picture out. How time and memory are measured is described in
-swr_jax/benchmark/timing.py and repeated in the JSON. The cpu suite takes about ten minutes; run it
-on an idle machine.
+On any GPU or TPU the suite `device` checks every kernel, measures what the device can do, times
+recurrences, layers, training and decoding, and tunes the kernels, in less than eight minutes. It
+needs jax, flax, optax, absl-py and numpy. Run again with the same --out it goes on where it
+stopped. The suite `cpu` takes about ten minutes; run it on an idle machine.
+
+Each section writes SUITE_SECTION.json into --out after every measurement, prints a table, and draws
+a picture where matplotlib is installed. Nothing is timed while a check is red. What is left out is
+written down with the reason. How things are timed is described in swr_jax/benchmark/timing.py and
+repeated in the JSON.
 """
 
 import importlib.util
-import json
+import os
 import sys
 from pathlib import Path
+
+# Before JAX starts: a GPU's memory for the models that are trained side by side.
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
 import jax
 from absl import app, flags
 
-from swr_jax.benchmark import report
+from swr_jax.benchmark import records, report, suites, summary
 from swr_jax.benchmark.oracle import OracleError
-from swr_jax.benchmark.suites import SUITES, Section
 
-SUITE = flags.DEFINE_enum("suite", "cpu", list(SUITES), "What to measure.")
+SUITE = flags.DEFINE_enum("suite", "cpu", list(suites.SUITES), "What to measure.")
 OUT = flags.DEFINE_string("out", "experiments/results", "Folder for the results, made if missing.")
 SECTIONS = flags.DEFINE_list("sections", [], "Sections of the suite; all of them if not given.")
 TINY = flags.DEFINE_bool("tiny", False, "Small sizes, to see whether everything runs.")
+FRESH = flags.DEFINE_bool("fresh", False, "Measure again what earlier runs in --out measured.")
+REDRAW = flags.DEFINE_bool("redraw", False, "Only print and draw what is in --out; no device.")
 
 BUSY = 0.5  # cores in use by others from which on a warning is printed
 
@@ -33,72 +42,90 @@ def main(argv: list[str]) -> None:
     """Parses, measures, reports."""
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}: options begin with --")
-    suite = SUITES[SUITE.value]
+    suite = suites.SUITES[SUITE.value]
     unknown = [name for name in SECTIONS.value if name not in suite]
     if unknown:
         sys.exit(f"error: --sections={','.join(unknown)}: must be of {', '.join(suite)}")
-    if SUITE.value == "cpu":
-        jax.config.update("jax_platforms", "cpu")
     folder = Path(OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
+    chosen = SECTIONS.value or list(suite)
+    if REDRAW.value:
+        for name in chosen:
+            path = folder / f"{SUITE.value}_{name}.json"
+            if path.exists():
+                show(name, suite[name], records.read_record(path), path)
+        return
+    if SUITE.value == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    elif jax.default_backend() == "cpu" and not TINY.value:
+        sys.exit("error: --suite=device: JAX sees no GPU or TPU here; --tiny runs it in small")
     environment = report.environment(sys.argv[1:])
     if environment["load_average"] > BUSY:
         print(f"warning: the machine is busy (load average {environment['load_average']})")
+    found = {}
     for name, section in suite.items():  # the suite's order: the allocator is set up along the way
-        if SECTIONS.value and name not in SECTIONS.value:
-            continue
+        if name not in chosen and section.faults is None:
+            path = folder / f"{SUITE.value}_{name}.json"
+            if path.exists():
+                found[name] = records.read_record(path)
+            continue  # what checks, runs always: nothing is timed unchecked
         try:
-            measure(name, section, environment, folder / f"{SUITE.value}_{name}.json")
-        except OracleError as error:
+            found[name] = measure(name, section, environment, folder, found)
+        except (OracleError, records.RecordError) as error:
             sys.exit(f"error: {error}")
 
 
-def measure(name: str, section: Section, environment: dict, path: Path) -> None:
+def measure(
+    name: str, section: suites.Section, environment: dict, folder: Path, others: dict
+) -> dict:
     """Runs one section, writing what is known after each measurement."""
+    path = folder / f"{SUITE.value}_{name}.json"
     sizes = section.tiny if TINY.value else section.full
-    print(f"{name}: compiling and checking against float64 (minutes)", flush=True)
-    record = {
+    header = {
         "suite": SUITE.value,
         "section": name,
         "tiny": TINY.value,
         "environment": environment,
         "protocol": section.protocol,
-        "measurements": [],
-        "targets": [],
     }
-    others = report.OtherProcesses()
-    for measurement in section.run(sizes):
-        measurement["cores_used_by_others"] = others.cores()
-        record["measurements"].append(measurement)
-        write(record, path)
-        print("  timed", *(measurement[key] for key in ("tokens", "mode", "allocator")), flush=True)
+    record = records.open_record(path, header, fresh=FRESH.value or SUITE.value == "cpu")
+    session = records.Session(record, others, section.seconds)
+    earlier = f", {len(record['measurements'])} done before" if record["measurements"] else ""
+    print(f"{name}: compiling and checking{earlier}", flush=True)
+    machine = report.OtherProcesses()
+    for item in section.run(sizes, session):
+        if "case" in item and isinstance(item.get("left_out"), str):
+            record["left_out"].append(item)
+            print(f"  left out {item['case']}: {item['left_out']}", flush=True)
+        else:
+            item["cores_used_by_others"] = machine.cores()
+            record["measurements"].append(item)
+            print("  measured", summary.describe(item), flush=True)
+        records.write_record(record, path)
     if section.targets:
-        record["targets"] = section.targets(record["measurements"], sizes)
-    write(record, path)
-    print(f"\n{report.table(record['measurements'], section.references)}\n")
-    if section.targets:
-        print(f"{report.targets_table(record['targets'])}\n")
+        record["targets"] = section.targets(record, sizes)
+    records.write_record(record, path)
+    show(name, section, record, path)
+    if section.faults and (faults := section.faults(record)):
+        raise OracleError("; ".join(faults) + ". Nothing was timed: correct it first")
     busy = [m["cores_used_by_others"] or 0 for m in record["measurements"]]
-    if max(busy) > BUSY:
+    if SUITE.value == "cpu" and max(busy) > BUSY:
         print(
             f"warning: others used up to {max(busy)} cores meanwhile: repeat it on an idle machine"
         )
-    print(f"wrote {path}")
+    return record
+
+
+def show(name: str, section: suites.Section, record: dict, path: Path) -> None:
+    """Prints what a record says, and draws it."""
+    print(f"\n{summary.text(name, section, record)}\n\nwrote {path}")
     if importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed: no picture")
         return
     from swr_jax.benchmark import plots
 
-    picture = path.with_suffix(".png")
-    getattr(plots, name)(record, picture)
-    print(f"wrote {picture}")
-
-
-def write(record: dict, path: Path) -> None:
-    """Replaces the file in one step, so that it is whole at any time."""
-    unfinished = path.with_suffix(".json.part")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(path)
+    if picture := plots.draw(record, path.with_suffix(".png")):
+        print(f"wrote {picture}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from absl import app, flags
 
 from pallas_kernels import catalogue
 from swr_jax.benchmark import predictions, report
+from swr_jax.benchmark.plots import predictions as plots
 
 CHIPS = {"gpu": ("h100", "h200", "b200"), "tpu": ("v4", "v5e", "v5p", "v6e", "tpu7x")}
 
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
     target = out / f"kernels_{PLATFORM.value}.json"
     record = {"environment": environment, "shape": f"{shape}, bfloat16", "reports": reports}
     target.write_text(json.dumps(record, indent=1) + "\n")
-    predictions.draw(record, target.with_suffix(".png"))
+    plots.kernels(record, target.with_suffix(".png"))
     print(f"\n{predictions.table(reports)}\n\nwrote {target} and {target.with_suffix('.png')}")
     sys.exit(status)
 

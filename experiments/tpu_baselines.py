@@ -17,6 +17,7 @@ import jax
 from absl import app, flags
 
 from swr_jax.benchmark import report, tpu_baselines
+from swr_jax.benchmark.plots import predictions as plots
 
 OUT = flags.DEFINE_string("out", "experiments/results", "Folder for the results, made if missing.")
 SHOWN = 8192  # tokens of the table
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / "tpu_baselines.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    tpu_baselines.draw(record, path.with_suffix(".png"))
+    plots.tpu_baselines(record, path.with_suffix(".png"))
     print(f"\n{tpu_baselines.table(record['predictions'], SHOWN)}\n\nwrote {path} and its picture")
 
 

@@ -89,6 +89,15 @@ def default_problem(
     return _Folding(_Options(block_size, lookback, None), a, v, gates, False).problem
 
 
+def tuning_key(
+    a: Array, v: Array, gates: Gates, *, block_size: int, lookback: int | None
+) -> tuple[int, int, int]:
+    """Return where `tuning.MEASURED` has the tiling for arrays (or shapes) without a state."""
+    options = _Options(SUBBLOCK if lookback is None else block_size, lookback, None)
+    stage = _Folding(options, a, v, gates, False).stage(a, v, gates)
+    return stage["halo"], stage["forward_bytes"], stage["backward_bytes"]
+
+
 def _check_support(
     arrays: dict[str, Array], features: int, block_size: int, lookback: int | None
 ) -> None:
@@ -160,20 +169,27 @@ class _Folding:
 
     def _default_config(self, narrowest: int, a: Array, v: Array, gates: Gates) -> TuningConfig:
         p = self.problem
-        row = self.width * v.dtype.itemsize
-        inputs = row + self.width * sum(x.dtype.itemsize for x in gates or ())
-        states = 4 * self.width * p.saved_states
         return default_config(
             batch=p.batch,
             time=p.time,
             heads=p.heads,
             multiprocessors=_multiprocessors(),
             narrowest=narrowest,
-            halo=p.halo * SUBBLOCK,
-            forward_bytes=SUBBLOCK * (inputs + a.dtype.itemsize),
-            # The output's cotangent, the states, and two thirds of a stage for da.
-            backward_bytes=SUBBLOCK * (inputs + row + 2 * a.dtype.itemsize) + states,
+            **self.stage(a, v, gates),
         )
+
+    def stage(self, a: Array, v: Array, gates: Gates) -> dict[str, int]:
+        """What `default_config` asks about a stage of the pipeline."""
+        p = self.problem
+        row = self.width * v.dtype.itemsize
+        inputs = row + self.width * sum(x.dtype.itemsize for x in gates or ())
+        states = 4 * self.width * p.saved_states
+        return {
+            "halo": p.halo * SUBBLOCK,
+            "forward_bytes": SUBBLOCK * (inputs + a.dtype.itemsize),
+            # The output's cotangent, the states, and two thirds of a stage for da.
+            "backward_bytes": SUBBLOCK * (inputs + row + 2 * a.dtype.itemsize) + states,
+        }
 
     def fold(self, x: Array) -> Array:
         """[B, T, H, D] -> [B, T or 16, rows or more, F]."""

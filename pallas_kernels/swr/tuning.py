@@ -47,6 +47,12 @@ class TuningConfig:
                 raise ValueError(f"{name}={slots}: must be at least 2")
 
 
+# Tilings that were faster than the rule below on a device, as `experiments/benchmark.py
+# --suite=device --sections=tuning` prints them; by `default_config`'s halo, forward_bytes and
+# backward_bytes, which say what a kernel does with a stage.
+MEASURED: dict[tuple[int, int, int], TuningConfig] = {}
+
+
 def default_config(
     *,
     batch: int,
@@ -58,10 +64,11 @@ def default_config(
     forward_bytes: int,
     backward_bytes: int,
 ) -> TuningConfig:
-    """Return the default for a problem on a chip.
+    """Return the default for a problem on a chip: what was measured, if the problem fills the chip.
 
-    Tiles are as wide as the problem and shared memory allow. Chunks are as long as they can be
-    (long ones recompute fewer halos) while thread blocks come out even over the multiprocessors.
+    Otherwise tiles are as wide as the problem and shared memory allow. Chunks are as long as they
+    can be (long ones recompute fewer halos) while thread blocks come out even over the
+    multiprocessors.
 
     Args:
         batch, time, heads: B, T, H, H in heads of 16 or 8 features.
@@ -70,6 +77,12 @@ def default_config(
         halo: tokens beyond a chunk that it needs.
         forward_bytes, backward_bytes: bytes of a stage of either pass, for each head.
     """
+    measured = MEASURED.get((halo, forward_bytes, backward_bytes))
+    if measured is not None and narrowest <= measured.heads <= heads:
+        blocks = batch * (heads // measured.heads) * (time // measured.chunk)
+        if blocks >= multiprocessors:
+            return measured
+
     tile = 32
     while tile > narrowest and (tile >= 2 * heads or 3 * tile * backward_bytes > SHARED_MEMORY):
         tile //= 2

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from swr_jax.benchmark import oracle, timing
 from swr_jax.nn import Phalanx, SlidingWindowAttention
@@ -114,14 +115,34 @@ def run(
                 }
 
 
-def check(name: str, layer: Layer, tokens: int) -> dict[str, float]:
+def check(
+    name: str,
+    layer: Layer,
+    tokens: int,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    tolerance: float = TOLERANCE,
+) -> dict[str, float]:
     """Compare a layer with its oracle: the output, and the gradient along two directions.
 
     The gradient, for input and parameters together, is compared with central differences of the
     oracle along itself, which measures its length, and along a random direction.
+
+    Args:
+        name: of the layer.
+        layer: with its oracle.
+        tokens: in a row.
+        dtype: of input and output.
+        tolerance: largest relative RMS error.
+
+    Returns:
+        The error of each.
+
+    Raises:
+        OracleError: one is larger.
     """
     kernel = layer.parameters["output"]["kernel"]
-    x, cotangent = _inputs(tokens, kernel.shape[-1])
+    x, cotangent = (y.astype(dtype) for y in _inputs(tokens, kernel.shape[-1]))
     out, gradient = jax.jit(timing.with_gradient(layer.apply))((layer.parameters, x), cotangent)
     point, gradient = (
         jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (nnx.to_pure_dict(state), y))
@@ -150,7 +171,7 @@ def check(name: str, layer: Layer, tokens: int) -> dict[str, float]:
         scale = size * np.sqrt(dot(direction, direction))
         actual[label] = 1 + dot(gradient, direction) / scale
         expected[label] = 1 + oracle_slope(direction) / scale
-    return oracle.check(f"{name}, {tokens} tokens", actual, expected, TOLERANCE)
+    return oracle.check(f"{name}, {tokens} tokens", actual, expected, tolerance)
 
 
 def _inputs(tokens: int, features: int) -> tuple[Array, Array]:

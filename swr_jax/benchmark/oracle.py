@@ -6,11 +6,13 @@ the gradient of a recurrence is a recurrence from right to left; and a window of
 the exact recurrence over each block and the one before.
 """
 
+import concurrent.futures
+import os
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from swr_jax.ops import reference
+from swr_jax.ops import reference, reference_mlstm
 
 Array = np.ndarray
 
@@ -127,12 +129,27 @@ def attention(
     return out.reshape(x.shape) @ np.asarray(parameters["output"]["kernel"], np.float64)
 
 
+def mlstm(parameters: Mapping[str, Mapping[str, Array]], x: Array, *, num_heads: int) -> Array:
+    """Output [B, T, M] of `swr_jax.nn.MLSTM` with its default options."""
+    maps = _linear_maps(parameters, x)
+    q, k, v = (
+        maps[name].reshape(*x.shape[:2], num_heads, -1) for name in ("query", "key", "value")
+    )
+    i, f = (15 * np.tanh(maps[name] / 15) for name in ("input_gate", "forget_gate"))
+    h = reference_mlstm.parallel(q, k, v, i, f)
+    h = h - h.mean(axis=-1, keepdims=True)
+    h /= np.sqrt(np.mean(h**2, axis=-1, keepdims=True) + 1e-6)
+    scale = np.asarray(parameters["head_norm"]["scale"], np.float64)
+    out = _sigmoid(maps["output_gate"]) * (h.reshape(*x.shape[:2], -1) * scale)
+    return out @ np.asarray(parameters["output"]["kernel"], np.float64)
+
+
 def _linear_maps(parameters: Mapping[str, Mapping[str, Array]], x: Array) -> dict[str, Array]:
     x = np.asarray(x, np.float64)
     return {
         name: x @ np.asarray(values["kernel"], np.float64) + np.asarray(values.get("bias", 0.0))
         for name, values in parameters.items()
-        if name != "output"
+        if name != "output" and "kernel" in values
     }
 
 
@@ -141,10 +158,14 @@ def _sigmoid(x: Array) -> Array:
 
 
 def _by_heads(function: Callable[..., dict], *arrays: Array) -> dict:
-    parts = []
-    for first in range(0, arrays[0].shape[2], _HEADS_AT_ONCE):
+
+    def of_heads(first: int) -> dict:
         heads = slice(first, first + _HEADS_AT_ONCE)
-        parts.append(function(*(np.asarray(array[:, :, heads], np.float64) for array in arrays)))
+        return function(*(np.asarray(array[:, :, heads], np.float64) for array in arrays))
+
+    # NumPy's larger operations let other threads work.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(of_heads, range(0, arrays[0].shape[2], _HEADS_AT_ONCE)))
     return {key: np.concatenate([part[key] for part in parts], axis=2) for key in parts[0]}
 
 

@@ -1,6 +1,7 @@
 """What a measurement was made on, and how it is shown as text."""
 
 import datetime
+import hashlib
 import os
 import platform
 import shlex
@@ -18,6 +19,8 @@ _ROOT = Path(__file__).parents[2]
 def environment(arguments: Sequence[str]) -> dict:
     """Describe device, software, commit, date and command; nothing of it names a path.
 
+    "source" is a digest of all modules: it tells versions apart where there is no commit.
+
     Args:
         arguments: of the script, sys.argv without the script itself.
     """
@@ -31,6 +34,7 @@ def environment(arguments: Sequence[str]) -> dict:
         "jax": jax.__version__,
         "libc": " ".join(platform.libc_ver()).strip(),
         "commit": commit(),
+        "source": source(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command(arguments),
     }
@@ -86,6 +90,15 @@ def commit() -> str:
         return "unknown"
 
 
+def source() -> str:
+    """Return a digest of the project's modules."""
+    digest = hashlib.sha256()
+    for package in ("pallas_kernels", "swr_jax"):
+        for path in sorted((_ROOT / package).rglob("*.py")):
+            digest.update(path.relative_to(_ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -95,46 +108,93 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+# Columns that a table has where its measurements have them: the key, and the heading.
+_OPTIONAL = {
+    "features": "width",
+    "model": "model",
+    "group": "group",
+    "batch": "rows",
+    "tokens": "tokens",
+    "mode": "mode",
+    "allocator": "allocator",
+}
+# Likewise of contestants: how much of what the device can do they reach.
+_SHARES = {"copy_fraction": "of copy", "product_fraction": "of products"}
+
+
 def table(measurements: Sequence[dict], references: Sequence[str]) -> str:
     """Return one aligned line per contestant and measurement.
 
     Args:
-        measurements: of one section.
+        measurements: of one section, with contestants.
         references: labels of the contestants that others are compared with.
     """
+    extra = [key for key in _OPTIONAL if key in measurements[0]]
+    found = {key for m in measurements for c in m["contestants"].values() for key in c}
+    shares = [key for key in _SHARES if key in found]
     lines = [
         (
             "contestant",
-            *(["width"] if "features" in measurements[0] else []),
-            "tokens",
-            "mode",
-            "allocator",
+            *(_OPTIONAL[key] for key in extra),
             "ms",
             "[quartiles]",
             *(f"x {label}" for label in references),
+            *(_SHARES[key] for key in shares),
             "temp MiB",
-            f"/ {references[0]}",
+            *([f"/ {references[0]}"] if references else []),
         )
     ]
     for m in measurements:
         for name, contestant in m["contestants"].items():
             ms = contestant["milliseconds"]
-            ratio = contestant["temporary_ratio"][references[0]]
+            speedups = (contestant["speedup"].get(label) for label in references)
+            ratio = contestant["temporary_ratio"].get(references[0]) if references else None
             lines.append(
                 (
                     name,
-                    *([str(m["features"])] if "features" in m else []),
-                    str(m["tokens"]),
-                    m["mode"],
-                    m["allocator"],
+                    *(str(m[key]) for key in extra),
                     f"{ms['median']:.3f}",
                     f"[{ms['lower']:.3f}, {ms['upper']:.3f}]",
-                    *(_spread(contestant["speedup"][label]) for label in references),
+                    *("-" if value is None else _spread(value) for value in speedups),
+                    *(_spread(contestant[key]) if key in contestant else "-" for key in shares),
                     f"{contestant['temporary_bytes'] / 2**20:.2f}",
-                    "-" if ratio is None else f"{ratio:.3f}",
+                    *(["-" if ratio is None else f"{ratio:.3f}"] if references else []),
                 )
             )
-    return _align(lines)
+    return align(lines)
+
+
+def rates_table(measurements: Sequence[dict]) -> str:
+    """Return one aligned line per rate of the device: work a second."""
+    lines = [("case", "ms", "[quartiles]", "a second")]
+    for m in measurements:
+        for contestant in m["contestants"].values():
+            ms = contestant["milliseconds"]
+            lines.append(
+                (
+                    m["case"],
+                    f"{ms['median']:.4f}",
+                    f"[{ms['lower']:.4f}, {ms['upper']:.4f}]",
+                    f"{contestant['rate']['median']:.4g}",
+                )
+            )
+    return align(lines)
+
+
+def check_table(measurements: Sequence[dict]) -> str:
+    """Return one aligned line per check: the largest error, and whether it is within bounds."""
+    lines = [("case", "largest error", "allowed", "")]
+    for m in measurements:
+        errors = [error for found in m["errors"].values() for error in found.values()]
+        lines.append(
+            (
+                m["case"],
+                f"{max(errors):.1e}" if errors else "-",
+                f"{m['tolerance']:.0e}",
+                f"RED: {m['fault']}" if m["fault"] else "green",
+            )
+        )
+    return align(lines)
 
 
 def targets_table(targets: Sequence[dict]) -> str:
@@ -151,14 +211,15 @@ def targets_table(targets: Sequence[dict]) -> str:
                 "met" if target["met"] else "MISSED",
             )
         )
-    return _align(lines)
+    return align(lines)
 
 
 def _spread(value: dict) -> str:
     return f"{value['median']:.2f} [{value['lower']:.2f}, {value['upper']:.2f}]"
 
 
-def _align(lines: Sequence[tuple[str, ...]]) -> str:
+def align(lines: Sequence[tuple[str, ...]]) -> str:
+    """Return a table of text: the first line is its head, columns of numbers to the right."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
 
     def cell(column: int, text: str) -> str:

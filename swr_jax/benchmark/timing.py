@@ -2,11 +2,19 @@
 
 Protocol
     A contestant is compiled ahead of time and warmed up. In each round every contestant has one
-    turn, in an order drawn anew; a turn repeats the call until `_TURN_SECONDS` have passed and
-    counts the mean. Ratios are taken within a round, so that what slows the machine for a while
-    slows both sides of a ratio. Reported are medians and quartiles over rounds.
+    turn, in an order drawn anew; a turn repeats the call for `_TURN_SECONDS` and counts the mean.
+    Ratios are taken within a round, so that what slows the machine for a while slows both sides of
+    a ratio. Reported are medians and quartiles over rounds.
 
-Memory
+Accelerators
+    Calls are asynchronous there. A turn dispatches them back to back, `_PIPELINED_TURN_SECONDS` of
+    them, and waits at its end, and before that only for calls far back, so that what is in flight
+    stays within `_IN_FLIGHT_BYTES`: the device, which works through them in order, does not wait
+    for the host as long as a call takes longer than its dispatch. That dispatch is measured too,
+    and figures close to it are marked. Successive calls take successive sets of inputs,
+    `ROTATION_BYTES` of them together and at least two, so that no call finds its inputs in a cache.
+
+Memory on a CPU
     A call allocates its results and temporaries. Left to itself, glibc takes large blocks from the
     kernel and returns them at once, so that every call pays a page fault per 4 KiB: for a plain
     copy that is most of its time. A training step does not: XLA reuses memory within a step. Hence
@@ -15,18 +23,26 @@ Memory
     seen to work.
 """
 
+import collections
+import concurrent.futures
 import ctypes
 import dataclasses
+import itertools
 import math
+import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 
+ROTATION_BYTES = 2**28  # beyond the caches of all chips: the largest, a B200's, has 126 MiB
+_MAX_SETS = 16  # of inputs so small that more of them are not worth their memory
 _TURN_SECONDS = 2e-3
+_PIPELINED_TURN_SECONDS = 2e-2
+_IN_FLIGHT_BYTES = 2**32
 _MAX_CALLS = 256
 
 # mallopt's parameters, from glibc's malloc.h.
@@ -85,6 +101,54 @@ def with_gradient(function: Callable) -> Callable:
     return call
 
 
+def compile_all(
+    lowered: Mapping[str, jax.stages.Lowered],
+) -> dict[str, jax.stages.Compiled | Exception]:
+    """Compile many programs at once, one thread each; what does not compile becomes its error."""
+
+    def compile_one(program: jax.stages.Lowered) -> jax.stages.Compiled | Exception:
+        try:
+            return program.compile()
+        except (RuntimeError, ValueError) as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(lowered, pool.map(compile_one, lowered.values()), strict=True))
+
+
+def rotation(set_bytes: int) -> int:
+    """Return how many sets of inputs of so many bytes successive calls should take in turn."""
+    return min(_MAX_SETS, max(2, math.ceil(ROTATION_BYTES / set_bytes)))
+
+
+class Rotation:
+    """A call of a compiled function with one set of inputs after the other.
+
+    Args:
+        compiled: the function.
+        sets: tuples of its arguments.
+    """
+
+    def __init__(self, compiled: Callable, sets: Sequence[tuple]) -> None:
+        self._compiled, self._sets = compiled, itertools.cycle(sets)
+
+    def __call__(self) -> object:
+        """Start the work on the next set."""
+        return self._compiled(*next(self._sets))
+
+
+def calls_in_flight(compiled: jax.stages.Compiled, free: int) -> int:
+    """Return how many calls may be on their way to a device at once, by the memory they take.
+
+    Args:
+        compiled: what is called.
+        free: bytes of the device that are free.
+    """
+    memory = compiled.memory_analysis()
+    held = memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return max(1, min(_MAX_CALLS, min(_IN_FLIGHT_BYTES, free // 2) // max(1, held)))
+
+
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:
     """Return the most memory that a compiled call holds besides its arguments and results."""
     return int(compiled.memory_analysis().temp_size_in_bytes)
@@ -112,7 +176,11 @@ def _mallopt(settings: dict[int, int]) -> bool:
 
 
 def measure(
-    calls: Mapping[str, Callable[[], object]], budget: Budget, *, seed: int = 0
+    calls: Mapping[str, Callable[[], object]],
+    budget: Budget,
+    *,
+    seed: int = 0,
+    in_flight: Mapping[str, int] | None = None,
 ) -> dict[str, Samples]:
     """Time contestants in alternation.
 
@@ -121,11 +189,15 @@ def measure(
             for and dropped.
         budget: number of rounds.
         seed: of the order within rounds.
+        in_flight: for devices that work through calls in order: how many calls of a contestant may
+            be dispatched before the first of them is waited for. None: each is waited for.
 
     Returns:
         Samples by name; round i of one belongs with round i of the others.
     """
-    repeats = {name: _repeats(call) for name, call in calls.items()}
+    depth = in_flight or dict.fromkeys(calls, 1)
+    least = _TURN_SECONDS if in_flight is None else _PIPELINED_TURN_SECONDS
+    repeats = {name: _repeats(call, depth[name], least) for name, call in calls.items()}
     seconds, faults = ({name: [] for name in calls} for _ in range(2))
     names, order = list(calls), np.random.default_rng(seed)
     start = time.perf_counter()
@@ -133,23 +205,30 @@ def measure(
         if done >= budget.min_rounds and time.perf_counter() - start > budget.seconds:
             break
         for name in order.permutation(names):
-            elapsed, faulted = _turn(calls[name], repeats[name])
+            elapsed, faulted = _turn(calls[name], repeats[name], depth[name])
             seconds[name].append(elapsed)
             faults[name].append(faulted)
     return {name: Samples(np.array(seconds[name]), np.array(faults[name])) for name in names}
 
 
-def _repeats(call: Callable[[], object]) -> int:
-    _turn(call, 2)  # warm-up
-    seconds, _ = _turn(call, 1)
-    return min(_MAX_CALLS, math.ceil(_TURN_SECONDS / seconds))
+def _repeats(call: Callable[[], object], depth: int, least: float) -> int:
+    _turn(call, 2, depth)  # warm-up
+    seconds, _ = _turn(call, 1, depth)
+    if depth > 1 and seconds < least / 4:
+        # One call that is waited for takes longer than one of many.
+        seconds, _ = _turn(call, 8, depth)
+    return min(_MAX_CALLS, math.ceil(least / seconds))
 
 
-def _turn(call: Callable[[], object], repeats: int) -> tuple[float, float]:
+def _turn(call: Callable[[], object], repeats: int, depth: int) -> tuple[float, float]:
+    flying = collections.deque()
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     start = time.perf_counter()
     for _ in range(repeats):
-        jax.block_until_ready(call())
+        flying.append(call())
+        if len(flying) == depth:
+            jax.block_until_ready(flying.popleft())
+    jax.block_until_ready(list(flying))
     seconds = time.perf_counter() - start
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
     return seconds / repeats, faults / repeats
@@ -163,13 +242,15 @@ def summarise(
     Args:
         samples: as `measure` returns them.
         temporaries: temporary bytes by contestant.
-        references: what to compare with: label -> contestant.
+        references: what to compare with: label -> contestant. Those that were not timed are left
+            out.
 
     Returns:
         "rounds"; "contestants": per name the time in ms, temporary bytes, page faults per call, and
         under "speedup" and "temporary_ratio" the comparison with each reference label: how many
         times faster, and how many times the temporary memory (None where the reference has none).
     """
+    references = {label: name for label, name in references.items() if name in samples}
     contestants = {}
     for name, sample in samples.items():
         contestants[name] = {

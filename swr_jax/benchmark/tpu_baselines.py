@@ -10,7 +10,6 @@ and cotangents read once, outputs and gradients written once.
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -139,58 +138,3 @@ def table(predictions: list[dict], tokens: int) -> str:
             cells.append(f"{scan / 2**30:.1f} GiB, {memory / 2**20:.1f} MiB")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def draw(record: dict, path: Path) -> None:
-    """Draw time over the floor against length, a panel for each chip and mode."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(MODES), len(CHIPS), figsize=(13, 7.5), sharex=True, sharey=True)
-    styles = {
-        "associative_scan": ("tab:red", "D", "--"),
-        "associative_scan, features minor": ("tab:orange", "s", "--"),
-        "row-by-row kernel": ("tab:purple", "v", "-."),
-        "window kernel": ("tab:blue", "o", "-"),
-        "exact kernel": ("tab:green", "^", ":"),
-    }
-    for row, mode in enumerate(MODES):
-        for column, chip in enumerate(CHIPS):
-            axis = axes[row, column]
-            for name, (color, marker, style) in styles.items():
-                points = [
-                    (p["tokens"], p["seconds"] / p["floor_seconds"])
-                    for p in record["predictions"]
-                    if (p["chip"], p["mode"], p["contestant"]) == (chip, mode, name)
-                ]
-                axis.plot(
-                    *zip(*points, strict=True),
-                    color=color,
-                    marker=marker,
-                    linestyle=style,
-                    label=name,
-                )
-            axis.axhline(1, color="black", linewidth=0.8)
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.set_xticks(LENGTHS, [f"{length // 1024}k" for length in LENGTHS])
-            axis.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
-            axis.minorticks_off()
-            axis.grid(True, alpha=0.3)
-            axis.set_title(f"{chip}, {mode}", fontsize=10)
-            if column == 0:
-                axis.set_ylabel("times the memory floor")
-            if row == len(MODES) - 1:
-                axis.set_xlabel("tokens T")
-    axes[0, 0].legend(fontsize=8)
-    where = record["environment"]
-    figure.suptitle(
-        f"Predicted by the TPU's compiler, {TOKENS} tokens, H {HEADS}, D {FEATURES}, bfloat16\n"
-        f"jax {where['jax']}, commit {where['commit']}",
-        fontsize=11,
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

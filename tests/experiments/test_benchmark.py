@@ -247,7 +247,7 @@ def test_tiny_run_writes_complete_records(results, section, groups):
     assert record["tiny"] is True
     assert set(record["environment"]) == {
         *("platform", "device", "cores", "load_average", "python", "jax", "libc", "commit"),
-        *("date", "command"),
+        *("source", "date", "command"),
     }
     assert record["environment"]["jax"] == jax.__version__
     assert "page fault" in record["protocol"]["timing"]

@@ -1,15 +1,12 @@
-"""Pictures of the measurements; the only part that needs matplotlib."""
+"""Pictures of the suite `cpu`."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: works without a display
-
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from swr_jax.benchmark.plots.common import MODES, band, legend, log_axes, measured_on, save
 
 _LINES = {
     "sliding_window_recurrence": ("sliding_window_recurrence", "tab:blue", "-", "o"),
@@ -28,7 +25,6 @@ _LINES = {
     "sliding_window_attention": ("SlidingWindowAttention", "tab:orange", "--", "v"),
     "full_attention": ("full attention", "tab:red", "--", "D"),
 }
-MODES = ("forward", "forward+backward")
 
 
 def recurrence(record: dict, path: Path) -> None:
@@ -44,14 +40,14 @@ def recurrence(record: dict, path: Path) -> None:
             _draw_speedup(speed, rows, name, "associative_scan")
         speed.axhline(1, color="black", linewidth=0.8)
         speed.set_title(mode)
-        _log_axes(speed, rows, "speed-up over associative_scan (times)")
+        log_axes(speed, [m["tokens"] for m in rows], "speed-up over associative_scan (times)")
         drawn = [name for name in drawn if name != "copy"]
         for name in [*drawn, "associative_scan", "associative_scan_broadcast"]:
             _draw_memory(memory, rows, name)
-        _log_axes(memory, rows, "temporary memory (MiB)")
-    _legend(figure, axes.ravel())
-    sizes = record["protocol"]["shapes"]
-    _finish(figure, record, f"Recurrences through XLA, {sizes}; higher is better above", path)
+        log_axes(memory, [m["tokens"] for m in rows], "temporary memory (MiB)")
+    legend(figure, axes.ravel())
+    title = f"Recurrences through XLA, {record['protocol']['shapes']}; higher is better above"
+    save(figure, f"{title}\n{measured_on(record)}", path)
 
 
 def layers(record: dict, path: Path) -> None:
@@ -68,7 +64,7 @@ def layers(record: dict, path: Path) -> None:
             label, color, _, marker = _LINES[reference]
             for mode, style in zip(MODES, ("-", "--"), strict=True):
                 rows = [m for m in of_width if m["mode"] == mode]
-                _band(
+                band(
                     speed,
                     [m["tokens"] for m in rows],
                     [m["contestants"]["phalanx"]["speedup"][reference] for m in rows],
@@ -78,17 +74,19 @@ def layers(record: dict, path: Path) -> None:
                     marker=marker,
                 )
         speed.axhline(1, color="black", linewidth=0.8)
-        _log_axes(speed, of_width, f"width {features}\nspeed-up of Phalanx (times)")
+        tokens = [m["tokens"] for m in of_width]
+        log_axes(speed, tokens, f"width {features}\nspeed-up of Phalanx (times)")
         for column, mode in enumerate(MODES, start=1):
             rows = [m for m in of_width if m["mode"] == mode]
             for name in ("phalanx", "sliding_window_attention", "full_attention"):
                 _draw_memory(axes[row, column], rows, name)
-            _log_axes(axes[row, column], rows, "temporary memory (MiB)")
+            log_axes(axes[row, column], [m["tokens"] for m in rows], "temporary memory (MiB)")
             axes[0, column].set_title(f"temporary memory, {mode}")
     axes[0, 0].set_title("speed-up")
     axes[0, 0].legend(fontsize=8)
     axes[0, 1].legend(fontsize=8)
-    _finish(figure, record, f"Layers of equal width, {record['protocol']['shapes']}", path)
+    title = f"Layers of equal width, {record['protocol']['shapes']}"
+    save(figure, f"{title}\n{measured_on(record)}", path)
 
 
 def _preferred_allocator(measurements: Sequence[dict]) -> list[dict]:
@@ -103,13 +101,7 @@ def _draw_speedup(axis: Axes, rows: Sequence[dict], name: str, reference: str) -
     ]
     label, color, style, marker = _LINES[name]
     tokens, spreads = zip(*points, strict=True)
-    _band(axis, tokens, spreads, label=label, color=color, linestyle=style, marker=marker)
-
-
-def _band(axis: Axes, tokens, spreads, *, color: str, **line) -> None:
-    axis.plot(tokens, [s["median"] for s in spreads], color=color, markersize=4, **line)
-    lower, upper = ([s[key] for s in spreads] for key in ("lower", "upper"))
-    axis.fill_between(tokens, lower, upper, color=color, alpha=0.15, linewidth=0)
+    band(axis, tokens, spreads, label=label, color=color, linestyle=style, marker=marker)
 
 
 def _draw_memory(axis: Axes, rows: Sequence[dict], name: str) -> None:
@@ -135,45 +127,4 @@ def _first_group_with(rows: Sequence[dict], name: str) -> list[dict]:
     return plain or having
 
 
-def _log_axes(axis: Axes, rows: Sequence[dict], label: str) -> None:
-    tokens = sorted({m["tokens"] for m in rows})
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set_xlabel("tokens T")
-    axis.set_ylabel(label)
-    axis.xaxis.set_major_locator(FixedLocator(tokens))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axis.yaxis.set_minor_formatter(FuncFormatter(_minor_label))
-    axis.tick_params(axis="y", which="minor", labelsize=7)
-    axis.tick_params(labelbottom=True)
-    axis.grid(True, which="both", alpha=0.3)
-
-
-def _minor_label(y: float, _) -> str:
-    leading = f"{y:.0e}"[0]
-    return f"{y:g}" if leading in "235" else ""
-
-
-def _legend(figure, axes) -> None:
-    entries = {}
-    for axis in axes:
-        handles, labels = axis.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
-    figure.legend(
-        entries.values(), entries.keys(), loc="lower center", ncols=4, fontsize=9, frameon=False
-    )
-
-
-def _finish(figure, record: dict, title: str, path: Path) -> None:
-    where = record["environment"]
-    figure.suptitle(
-        f"{title}\n{where['device']}, {where['cores']} cores, jax {where['jax']}, "
-        f"commit {where['commit']}; bands: quartiles",
-        fontsize=11,
-    )
-    legend_room = 0.07 if figure.legends else 0.0
-    figure.tight_layout(rect=(0, legend_room, 1, 1))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+PICTURES = {"recurrence": recurrence, "layers": layers}

@@ -1,0 +1,237 @@
+"""Section `training`: whole updates of the Phalanx hybrid and of Transformer++, side by side.
+
+An update is the forward and backward pass of a language model, the global gradient norm, clipping
+and AdamW, on one device: bfloat16 activations, float32 parameters and optimizer state, every block
+computed again in the backward pass ("full" rematerialisation), a vocabulary of 32,000, tokens drawn
+at random, no document boundaries. Both models have the same width and depth; in the hybrid every
+other mixer is a Phalanx. Attention is what the project's operator picks on this device, and the
+record says which.
+
+"flops" counts 6 for each parameter (the embedding is the output's projection too) and 12 features
+for each attention layer and token seen; what is computed again is not counted. "product_fraction"
+is their rate over that of a large product of matrices in bfloat16 on this device.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from swr_jax.benchmark import timing
+from swr_jax.benchmark.device import platform, speed
+from swr_jax.benchmark.records import Session, first_line
+from swr_jax.nn import LanguageModel, LanguageModelConfig
+from swr_jax.ops.attention import implementation_of
+
+REFERENCES = ("transformer++",)
+PATTERNS = {"phalanx hybrid": ("phalanx", "attention"), "transformer++": ("attention",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The shape of both models."""
+
+    features: int
+    depth: int
+    num_heads: int
+    vocab_size: int = 32_000
+
+    def config(self, pattern: tuple[str, ...], **options: object) -> LanguageModelConfig:
+        """Return the configuration of one of them."""
+        return LanguageModelConfig(
+            **dataclasses.asdict(self),
+            pattern=pattern,
+            rope_base=500_000.0,
+            dtype="bfloat16",
+            **options,
+        )
+
+
+# By how many parameters they have, roughly; heads of 128 features.
+MODELS = {"1.3B": Model(2048, 24, 16), "350M": Model(1024, 24, 8)}
+TINY_MODELS = {"tiny": Model(16, 2, 2, vocab_size=32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is timed, in this order."""
+
+    cases: tuple[tuple[str, int], ...]  # model, T
+    tokens: int
+    models: dict[str, Model]
+    budget: timing.Budget
+
+
+FULL = Sizes(
+    cases=(
+        ("1.3B", 4096),
+        ("1.3B", 32768),
+        ("350M", 4096),
+        ("350M", 32768),
+        ("1.3B", 16384),
+        ("1.3B", 8192),
+        ("350M", 16384),
+        ("350M", 8192),
+    ),
+    tokens=32768,
+    models=MODELS,
+    budget=timing.Budget(seconds=5, min_rounds=4, max_rounds=15),
+)
+TINY = Sizes(
+    cases=(("tiny", 16),),
+    tokens=32,
+    models=TINY_MODELS,
+    budget=timing.Budget(seconds=0, min_rounds=2, max_rounds=2),
+)
+
+
+def run(sizes: Sizes, session: Session) -> Iterator[dict]:
+    """Time updates of both models, by turns where their states fit into memory together.
+
+    Yields:
+        "case", "model", "tokens" (T), "batch", "attention" (its implementation), "parameters" and
+        "flops" (of an update) by name, and what `contest.hold` returns.
+    """
+    for name, length in sizes.cases:
+        case = f"{name}, T {length}"
+        if session.is_done(case):
+            continue
+        if session.is_over():
+            yield session.left_out(case)
+            continue
+        shape = (max(1, sizes.tokens // length), length)
+        model = sizes.models[name]
+        try:
+            found = _time(model, shape, sizes.budget)
+        except jax.errors.JaxRuntimeError as error:
+            yield session.left_out(case, first_line(error))
+            continue
+        if rate := speed.best(session.others.get("speed"), "product", "bfloat16"):
+            for contestant, timed in found["contestants"].items():
+                ms = timed["milliseconds"]
+                achieved = {"median": ms["median"], "lower": ms["upper"], "upper": ms["lower"]}
+                timed["product_fraction"] = {
+                    key: found["flops"][contestant] / (value / 1e3) / rate
+                    for key, value in achieved.items()
+                }
+        heads = (*shape, model.num_heads, model.features // model.num_heads)
+        yield {
+            "case": case,
+            "model": name,
+            "tokens": length,
+            "batch": shape[0],
+            "attention": implementation_of(jax.ShapeDtypeStruct(heads, jnp.bfloat16)),
+            **found,
+        }
+
+
+class Update:
+    """A model's update as a call that keeps its state: each continues from the last one's.
+
+    Args:
+        config: the model.
+    """
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        self._graphdef, abstract = nnx.split(
+            nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))), nnx.Param
+        )
+        self._optimizer = optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adamw(3e-4, b2=0.95, weight_decay=0.1)
+        )
+        self.parameters = sum(x.size for x in jax.tree.leaves(abstract))
+        self._config = config
+        self.abstract = jax.eval_shape(self._start)
+
+    def _start(self) -> tuple:
+        model = LanguageModel(self._config, rngs=nnx.Rngs(0))
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        return params, self._optimizer.init(params)
+
+    def start(self) -> None:
+        """Allocate the state."""
+        self._state = jax.jit(self._start)()
+
+    def update(self, state: tuple, tokens: jax.Array) -> tuple[tuple, jax.Array]:
+        """Return the state after learning from tokens [B, T + 1], and the loss before it."""
+        params, memory = state
+
+        def loss(params) -> jax.Array:
+            logits = nnx.merge(self._graphdef, params)(tokens[:, :-1])
+            targets = tokens[:, 1:]
+            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        step, memory = self._optimizer.update(gradient, memory, params)
+        return (optax.apply_updates(params, step), memory), value
+
+    def lower(self, tokens: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+        """Lower the update, which takes its state's place."""
+        return jax.jit(self.update, donate_argnums=0).lower(self.abstract, tokens)
+
+    def caller(self, program: jax.stages.Compiled, batches: list[jax.Array]) -> timing.Rotation:
+        """Return the call to time."""
+
+        def advance(tokens: jax.Array) -> jax.Array:
+            self._state, loss = program(self._state, tokens)
+            return loss
+
+        return timing.Rotation(advance, [(tokens,) for tokens in batches])
+
+
+def flops(config: LanguageModelConfig, parameters: int, batch: int, length: int) -> float:
+    """Return the floating-point operations of an update."""
+    attention = config.pattern.count("attention") / len(config.pattern) * config.depth
+    seen = attention * (length + 1) / 2
+    return batch * length * (6.0 * parameters + 12.0 * config.features * seen)
+
+
+def _time(model: Model, shape: tuple[int, int], budget: timing.Budget) -> dict:
+    batch, length = shape
+    updates = {
+        name: Update(model.config(pattern, remat="full")) for name, pattern in PATTERNS.items()
+    }
+    tokens = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
+    programs = timing.compile_all({name: update.lower(tokens) for name, update in updates.items()})
+    left_out = {
+        name: f"does not compile: {first_line(program)}"
+        for name, program in programs.items()
+        if isinstance(program, Exception)
+    }
+    programs = {name: program for name, program in programs.items() if name not in left_out}
+    free = platform.free_bytes()
+    states = {
+        name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(update.abstract))
+        for name, update in updates.items()
+    }
+    for name in list(programs):
+        # All states are there while one update works; who comes first stays.
+        needed = sum(states[n] for n in programs) + timing.temporary_bytes(programs[name])
+        if free is not None and needed > free:
+            left_out[name] = f"needs {(needed - free) / 2**30:.1f} GiB more memory than is free"
+    if left_out:
+        # A model by itself has nothing to be compared with.
+        return {"rounds": 0, "contestants": {}, "left_out": left_out}
+    batches = [
+        jax.random.randint(jax.random.key(i), tokens.shape, 0, model.vocab_size) for i in range(2)
+    ]
+    calls = {}
+    for name, program in programs.items():
+        updates[name].start()
+        calls[name] = updates[name].caller(program, batches)
+    pipelined = dict.fromkeys(calls, 2) if platform.is_pipelined() else None
+    samples = timing.measure(calls, budget, in_flight=pipelined)
+    temporaries = {name: timing.temporary_bytes(program) for name, program in programs.items()}
+    parameters = {name: updates[name].parameters for name in calls}
+    return {
+        "parameters": parameters,
+        "flops": {
+            name: flops(model.config(PATTERNS[name]), count, batch, length)
+            for name, count in parameters.items()
+        },
+        **timing.summarise(samples, temporaries, {name: name for name in REFERENCES}),
+        "left_out": left_out,
+    }
