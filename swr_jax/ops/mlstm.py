@@ -150,8 +150,9 @@ def mlstm_step(
         m = jnp.where(log_i >= kept, log_i, kept)
     # h does not depend on m: a constant in it, it can make no 0 * inf of a gradient.
     constant = lax.stop_gradient(jnp.where(jnp.isneginf(m), 0, m))
-    # At most 1, but for the rounding of enormous gates.
-    forget = jnp.exp(jnp.minimum(log_f + (before - constant), 0))
+    exponent = log_f + (before - constant)
+    # Above 0 only by the rounding of enormous gates, which a plain minimum would differentiate.
+    forget = jnp.exp(exponent - lax.stop_gradient(jnp.maximum(exponent, 0)))
     key = jnp.exp(log_i - constant)[..., None] * k
     memory = forget[..., None, None] * memory + key[..., None] * v[..., None, :]
     normalizer = forget[..., None] * normalizer + key
