@@ -78,6 +78,26 @@ def draw(
     )
 
 
+def draw_rows(
+    length: int, heads: int, qk_dim: int, v_dim: int, seed: int = 0
+) -> tuple[Problem, np.ndarray]:
+    """Every kind of gate in a batch, in float32, and segment_ids.
+
+    Each of the first rows has one kind of decay or strength, then come rows of keys that are alike
+    and that are the same; all of these are one document. The last two rows are packed.
+    """
+    kinds = [{"decay": kind} for kind in DECAYS]
+    kinds += [{"strength": kind, "decay": "near one"} for kind in STRENGTHS]
+    kinds += [{"likeness": 0.8, "decay": "near one"}]
+    kinds += [{"likeness": 1.0, "decay": "ones", "strength": "ones"}]
+    kinds += [{}, {"decay": "near one"}]
+    sizes = {"batch": 1, "heads": heads, "qk_dim": qk_dim, "v_dim": v_dim}
+    rows = [draw(length, **kind, **sizes, seed=seed + i) for i, kind in enumerate(kinds)]
+    documents = np.zeros((len(rows), length), np.int32)
+    documents[-2:] = draw_documents(length, 2, seed)
+    return Problem(*map(np.concatenate, zip(*rows, strict=True))).rounded(np.float32), documents
+
+
 def draw_documents(length: int, batch: int = 2, seed: int = 0) -> np.ndarray:
     """Segments of 1 to about 20 tokens, int32 [B, T]."""
     rng = np.random.default_rng([seed, length, 1])

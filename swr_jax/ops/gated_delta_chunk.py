@@ -1,6 +1,6 @@
 """Chunkwise evaluation of the gated delta rule in plain JAX (`implementation="xla"`).
 
-Notation; every array has the axes [B, H, C, ...], C tokens of one chunk:
+Notation, C tokens to a chunk:
 
     H           state before the chunk, [Dk, Dv]: the transpose of the paper's S
     L           decay matrix, L_ij = alpha_i alpha_{i-1} ... alpha_{j+1}, 1 on the diagonal, 0 above
@@ -14,9 +14,9 @@ u_j before it, (I + M) U = diag(beta) (V - diag(g) K H), and the rest are matrix
     O  = diag(g) Q H + (Q K^T * L) U
     H' = g_C H + K^T diag(r) U
 
-This is the WY representation of arXiv 2412.06464, with the state kept inside the brackets instead
-of a second solve for K. Nothing divides by a decay or takes its logarithm: alpha = 0 is exact, in
-value and in gradient.
+This is the WY representation of arXiv 2412.06464 with the state kept inside the brackets, which
+saves the second solve for K. Nothing divides by a decay or takes its logarithm: alpha = 0 is exact,
+in value and in gradient.
 """
 
 import functools
@@ -27,13 +27,24 @@ from jax import lax
 
 Array = jax.Array
 
+# Matrices up to this size are inverted level by level at full size; larger ones by halves.
+_SMALL = 8
+
 
 def gated_delta_rule(
-    q: Array, k: Array, v: Array, alpha: Array, beta: Array, state: Array, *, chunk: int
+    q: Array,
+    k: Array,
+    v: Array,
+    alpha: Array,
+    beta: Array,
+    state: Array,
+    *,
+    chunk: int,
+    group: int,
 ) -> tuple[Array, Array]:
-    """Return outputs and last state, one chunk after the other.
+    """Return outputs and last state, one group of chunks after the other.
 
-    The backward pass keeps the state before each chunk and computes the rest anew.
+    The backward pass keeps the state before each group and computes the rest anew.
 
     Args:
         q, k: [B, T, H, Dk].
@@ -41,36 +52,38 @@ def gated_delta_rule(
         alpha, beta: [B, T, H], resets already in alpha.
         state: [B, H, Dk, Dv]; its dtype is that of the maths.
         chunk: tokens in a chunk, a power of two.
+        group: chunks, at most, that are prepared together: what does not need the state is done
+            for all of them at once, which keeps wide devices busy but leaves a cache sooner.
 
     Returns:
         o [B, T, H, Dv] in v's dtype, and the state after the last token in that of the maths.
     """
     batch, time, heads = alpha.shape
-    # In float32, all of it; what was rounded to fewer bits before gains nothing from more passes.
-    exact = v.dtype.itemsize >= 4
+    chunks = -(-time // chunk)
+    groups = -(-chunks // group)
+    group = -(-chunks // groups)
+    # Inputs of 16 bits gain nothing from products that are exact to 24.
+    exact = max(x.dtype.itemsize for x in (q, k, v)) > 2
     precision = lax.Precision.HIGHEST if exact else lax.Precision.HIGH
 
-    def chunks(x: Array, fill: float = 0.0) -> Array:
-        """[B, T, H, ...] -> [n, B, H, C, ...]; padding hands the state on unchanged."""
-        pad = [(0, 0)] * x.ndim
-        pad[1] = (0, -time % chunk)
+    def cut(x: Array, fill: float = 0.0) -> Array:
+        """[B, T, H, ...] -> [groups, group, B, H, C, ...]; padding hands the state on as it is."""
+        pad = [(0, groups * group * chunk - time if axis == 1 else 0) for axis in range(x.ndim)]
         x = jnp.pad(x, pad, constant_values=fill)
-        x = x.reshape(batch, -1, chunk, *x.shape[2:])
-        return jnp.moveaxis(x, (1, 3), (0, 2))
+        x = x.reshape(batch, groups, group, chunk, *x.shape[2:])
+        return jnp.moveaxis(x, (1, 2, 4), (0, 1, 3))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
-        inputs = (x.astype(state.dtype) for x in inputs)
-        state, o = _chunk(state, *inputs, precision)
+        state, o = _group(state, *(x.astype(state.dtype) for x in inputs), precision)
         return state, o.astype(v.dtype)
 
-    inputs = (chunks(q), chunks(k), chunks(v), chunks(alpha, 1.0), chunks(beta))
-    state, o = lax.scan(body, state, inputs)
-    o = jnp.moveaxis(o, (0, 2), (1, 3)).reshape(batch, -1, heads, v.shape[-1])
+    state, o = lax.scan(body, state, (cut(q), cut(k), cut(v), cut(alpha, 1.0), cut(beta)))
+    o = jnp.moveaxis(o, (0, 1, 3), (1, 2, 4)).reshape(batch, -1, heads, v.shape[-1])
     return o[:, :time], state
 
 
-def _chunk(
+def _group(
     state: Array,
     q: Array,
     k: Array,
@@ -79,18 +92,26 @@ def _chunk(
     beta: Array,
     precision: lax.Precision,
 ) -> tuple[Array, Array]:
-    """Return the state after one chunk, and its outputs."""
+    """Return the state after a group of chunks, and its outputs; arrays [group, B, H, C, ...]."""
     product = functools.partial(jnp.matmul, precision=precision)
     decay = decay_matrix(alpha)
     prefix = (alpha[..., :1] * decay[..., 0])[..., None]
     beta = beta[..., None]
     keys = jnp.swapaxes(k, -1, -2)
-    system = jnp.tril(beta * product(k, keys) * decay, -1)
-    written = beta * (v - prefix * product(k, state))
-    written = product(unit_lower_inverse(system, precision), written)
-    o = prefix * product(q, state) + product(product(q, keys) * decay, written)
-    state = prefix[..., -1:, :] * state + product(keys * decay[..., -1:, :], written)
-    return state, o
+    inverse = unit_lower_inverse(jnp.tril(beta * product(k, keys) * decay, -1), precision)
+    # What reads the state: queries and keys in one product.
+    readers = jnp.concatenate([prefix * q, beta * prefix * k], axis=-2)
+    writers = keys * decay[..., -1:, :]
+
+    def across(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        readers, v, inverse, writers, whole = inputs
+        by_queries, by_keys = jnp.split(product(readers, state), 2, axis=-2)
+        written = product(inverse, v - by_keys)
+        return whole * state + product(writers, written), (by_queries, written)
+
+    inputs = (readers, beta * v, inverse, writers, prefix[..., -1:, :])
+    state, (read, written) = lax.scan(across, state, inputs)
+    return state, read + product(product(q, keys) * decay, written)
 
 
 @jax.custom_jvp
@@ -115,18 +136,36 @@ def _(primals, tangents):
 def unit_lower_inverse(lower: Array, precision: lax.Precision) -> Array:
     """Return (I + lower)^-1 for strictly lower triangular matrices [..., C, C], C a power of two.
 
-    Blocks of 1, 2, 4, ... rows are inverted in turn: a pair of neighbours A, D with the corner B
-    below A has the inverse [[A^-1, 0], [-D^-1 B A^-1, D^-1]].
+    Two halves A, D on the diagonal and the corner B below A have the inverse
+    [[A^-1, 0], [-D^-1 B A^-1, D^-1]]: nothing is larger than the inverse itself, whereas powers of
+    `lower` may be.
     """
     size = lower.shape[-1]
+    if size <= _SMALL:
+        return _small_inverse(lower, precision)
+    half = size // 2
+    halves = jnp.stack([lower[..., :half, :half], lower[..., half:, half:]])
+    first, second = unit_lower_inverse(halves, precision)
+    product = functools.partial(jnp.matmul, precision=precision)
+    corner = -product(product(second, lower[..., half:, :half]), first)
+    return jnp.block([[first, jnp.zeros_like(corner)], [corner, second]])
+
+
+def _small_inverse(lower: Array, precision: lax.Precision) -> Array:
+    """The same from 1 x 1 blocks up, all the blocks of a level in one product."""
+    size = lower.shape[-1]
     row = jnp.arange(size)
-    inverse = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
-    rows = 1
-    while rows < size:
-        pair = row // (2 * rows)
+
+    def corners(rows: int) -> Array:
+        """What lies below the first of each pair of blocks, and left of the second."""
         second = row // rows % 2 == 1
-        corner = (pair[:, None] == pair) & second[:, None] & ~second
-        product = jnp.matmul(inverse, jnp.where(corner, lower, 0), precision=precision)
+        pair = row // (2 * rows)
+        return jnp.where(second[:, None] & ~second & (pair[:, None] == pair), lower, 0)
+
+    inverse = jnp.eye(size, dtype=lower.dtype) - corners(1)
+    rows = 2
+    while rows < size:
+        product = jnp.matmul(inverse, corners(rows), precision=precision)
         inverse = inverse - jnp.matmul(product, inverse, precision=precision)
         rows *= 2
     return inverse
