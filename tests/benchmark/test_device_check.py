@@ -1,0 +1,89 @@
+"""Section `check`: it passes what is right, in every backend, and finds what is wrong."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from swr_jax.benchmark.device import check, platform
+from swr_jax.benchmark.records import Session
+from swr_jax.ops import sliding_window_recurrence
+
+SMALL = check.Case((1, 18, 2, 8), gated=False, lookback=1, dtypes=("float32",))
+XLA = (platform.Backend("xla"),)
+
+
+def run(monkeypatch, *cases, backends=XLA):
+    monkeypatch.setattr(platform, "backends", lambda: backends)
+    return list(check.run(check.Sizes(cases), Session({"measurements": []})))
+
+
+@pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_tpu"])
+def test_simulated_kernels_pass(monkeypatch, name):
+    backend = platform.Backend(name, simulated=True)
+    (found,) = run(monkeypatch, SMALL, backends=(backend,))
+    assert found["fault"] is None
+    assert set(found["errors"]) == {"forward", "forward+backward"}
+    assert set(found["errors"]["forward+backward"]) == {"x", "a", "v"}
+    worst = max(max(errors.values()) for errors in found["errors"].values())
+    assert 0 < worst < 1e-6
+
+
+@pytest.mark.parametrize(("gated", "lookback"), [(True, 1), (False, None)])
+def test_states_and_documents_pass(monkeypatch, gated, lookback):
+    case = check.Case((2, 37, 3, 8), gated, lookback, dtypes=("float32",), packed=True)
+    (found,) = run(monkeypatch, case)
+    assert found["fault"] is None
+    gradients = {"a", "v", "local"} | ({"b", "c"} if gated else set())
+    gradients |= {"carriers"} if lookback else set()
+    assert set(found["errors"]["forward+backward"]) == {"x"} | gradients
+
+
+def test_inputs_are_exact_in_both_low_precisions():
+    arrays = check.draw(check.Case((2, 40, 3, 8), gated=True, lookback=1))
+    for name in ("a", "b", "c", "v", "x_bar"):
+        for dtype in ("bfloat16", "float16"):
+            lowered = np.asarray(jnp.asarray(arrays[name], dtype), np.float32)
+            np.testing.assert_array_equal(lowered, arrays[name])
+        assert len(np.unique(arrays[name])) > 50
+
+
+@jax.custom_vjp
+def _wrong_gradient(a, u):
+    return sliding_window_recurrence(a, u)
+
+
+_wrong_gradient.defvjp(
+    lambda a, u: (_wrong_gradient(a, u), (a, u)), lambda arrays, x_bar: (arrays[0], x_bar)
+)
+
+
+def raising(*arrays, **options):
+    raise NotImplementedError("no such kernel")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fault"),
+    [
+        (functools.partial(sliding_window_recurrence, lookback=0), "error of a forward"),
+        (lambda a, u: _wrong_gradient(a, u), r"error of (a|v) forward\+backward"),
+        (lambda a, u: sliding_window_recurrence(a, u).at[0, 3, 0, 0].set(jnp.nan), ": inf"),
+        (raising, "NotImplementedError: no such kernel"),
+    ],
+    ids=["window", "gradient", "NaN", "error"],
+)
+def test_a_wrong_kernel_is_red(monkeypatch, wrong, fault):
+    monkeypatch.setattr(check, "sliding_window_recurrence", lambda *arrays, **_: wrong(*arrays))
+    (found,) = run(monkeypatch, SMALL)
+    assert re.search(fault, found["fault"])
+    assert check.faults({"measurements": [found]}) == [f"{found['case']}: {found['fault']}"]
+
+
+def test_what_was_checked_is_not_checked_again(monkeypatch):
+    (found,) = run(monkeypatch, SMALL)
+    session = Session({"measurements": [found]})
+    monkeypatch.setattr(check, "judge", None)
+    assert list(check.run(check.Sizes((SMALL,)), session)) == []
