@@ -141,22 +141,37 @@ def _applies(name: str, from_empty: bool) -> bool:
     return not (from_empty and name[1:] in FIELDS)
 
 
-def assert_close(actual, expected, tolerance, name=""):
+def expect_terms(problem: Problem, **options) -> dict[str, np.ndarray]:
+    """Sizes of what the results are sums of: rounding errors are relative to these.
+
+    A gradient's part through the normalizer may cancel the rest of it, where one token outweighs
+    the others; those of the gates and of the stabilizer are inner products besides.
+    """
+    terms = expect(problem, through_normalizer=False, **options)
+    terms["di"] = terms["df"] = np.abs(terms["dk"] * problem.inputs[1]).sum(axis=-1)
+    terms["dstabilizer"] = np.abs(terms["dmemory"] * problem.state.memory).sum(axis=(-2, -1))
+    return terms
+
+
+def assert_close(actual, expected, tolerance, name="", terms=0.0):
     """Every number is finite, and each row's relative root mean square error within bounds.
 
-    Products of many gates fall below what float32 can hold: 1e-30 counts as zero.
+    Relative to the expected numbers, and to `terms` where these are given. Products of many gates
+    fall below what float32 can hold: 1e-30 counts as zero.
     """
     actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
     assert actual.shape == expected.shape, name
-    for row, (got, wanted) in enumerate(zip(actual, expected, strict=True)):
+    terms = np.broadcast_to(terms, expected.shape)
+    for row, (got, wanted, term) in enumerate(zip(actual, expected, terms, strict=True)):
         assert np.isfinite(got).all(), f"{name}, row {row}"
         error = np.linalg.norm(got - wanted)
-        bound = tolerance * np.linalg.norm(wanted) + 1e-30 * np.sqrt(got.size)
-        assert error <= bound, f"{name}, row {row}: {error / np.linalg.norm(wanted):.2e}"
+        scale = np.linalg.norm(wanted) + np.linalg.norm(term)
+        bound = tolerance * scale + 1e-30 * np.sqrt(got.size)
+        assert error <= bound, f"{name}, row {row}: {error / scale:.2e}"
 
 
-def assert_all_close(actual, expected, tolerance):
+def assert_all_close(actual, expected, tolerance, terms=None):
     """`assert_close` of every entry of two dicts."""
     assert actual.keys() == expected.keys()
     for name, wanted in expected.items():
-        assert_close(actual[name], wanted, tolerance, name)
+        assert_close(actual[name], wanted, tolerance, name, 0.0 if terms is None else terms[name])

@@ -8,15 +8,16 @@ Notation, after arXiv 2503.14376; the arrays of one chunk have the axes [B, H, L
     D           log f_i + ... + log f_{j+1}, the log decay from column j to row i
     A, g        weight exp(D_ij + log i_j - m_i) of column j in row i, and of C in row i
     a, c        weight of column j, and of C, in the state after the chunk
-    S           A * (q k^T), the scores; d = sum_j S_ij + g_i q_i.n the denominator before its floor
+    S           A * (q k^T), the scores
+    d           sum_j S_ij + g_i q_i.n, the denominator; h = (S v + g q C) / max(|d|, exp(-m))
     dX          cotangent of X
 
-log f = -inf is a forget gate of exactly 0: a document's first token. Weights across it are zeros
-that stay zero whatever finite number they meet.
+log f = -inf is a forget gate of exactly 0: a document's first token. Weights across it are zeros,
+and stay zero whatever finite number they meet. (A NaN is not finite: it reaches its neighbours.)
 
 One `lax.scan` over the chunks writes the outputs. The backward pass repeats the states, keeps those
 between the chunks, and walks over them from right to left: temporary memory is a state per chunk
-and the L x L arrays of one chunk, nothing is saved but the arguments.
+and the L x L arrays of one chunk, and nothing is saved but the arguments.
 """
 
 import functools
@@ -292,7 +293,8 @@ def _chunk_gradient(
     dlog_c = _weigh(update.c, _inner(dstate, state)) + dm
 
     _, pull = jax.vjp(_decays, _split_log(chunk.log_f)[0])
-    dbefore = dlog_g.at[..., -1].add(dlog_c)
+    is_last = jnp.arange(dlog_g.shape[-1]) == dlog_g.shape[-1] - 1
+    dbefore = dlog_g + jnp.where(is_last, dlog_c[..., None], 0)
     (dlog_f,) = pull(_Decays(dlog_a, dbefore, dlog_i))
     dlog_i = dlog_i + jnp.sum(dlog_a, axis=-2)
     gradient = _Chunk(dq * q.shape[-1] ** -0.5, dk, dv, dlog_i, dlog_f)

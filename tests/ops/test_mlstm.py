@@ -16,6 +16,7 @@ from mlstm_cases import (
     draw,
     evaluate,
     expect,
+    expect_terms,
     quick_jit,
 )
 
@@ -28,9 +29,7 @@ SIGMOID = {"input_gate": "sigmoid"}
 BARE = SIGMOID | {"normalize": False}
 
 
-@pytest.mark.parametrize(
-    ("length", "options"), [(1, {}), (16, SIGMOID), (17, BARE), (53, {}), (53, SIGMOID)]
-)
+@pytest.mark.parametrize(("length", "options"), [(1, {}), (17, BARE), (53, {}), (53, SIGMOID)])
 def test_results_and_gradients_are_those_of_the_recurrence(length, options):
     """Every kind of gate, documents, an initial state, cotangents of h and of the last state."""
     problem = draw(length)
@@ -59,7 +58,8 @@ def test_any_length_chunk_and_size(length, chunk_size, sizes, options):
     heads, qk_dim, v_dim = sizes
     problem = draw(length, heads=heads, qk_dim=qk_dim, v_dim=v_dim)
     got = evaluate(problem, chunk_size=chunk_size, **options)
-    assert_all_close(got, expect(problem, **options), FLOAT32)
+    terms = expect_terms(problem, **options)
+    assert_all_close(got, expect(problem, **options), FLOAT32, terms)
 
 
 @pytest.mark.parametrize("chunk_size", [4, 512])
@@ -82,24 +82,15 @@ def test_the_chunk_size_changes_no_result(chunk_size):
     seed=st.integers(0, 2**16),
 )
 def test_whatever_the_gates(kind, seed):
-    """Errors are measured against the terms of which a gradient is the sum, not what is left.
-
-    Where one token outweighs the others the normalizer's part cancels the rest.
-    """
     problem = draw(23, (kind,), heads=2, qk_dim=4, v_dim=3, seed=seed)
-    got, wanted = evaluate(problem, chunk_size=8), expect(problem)
-    terms = expect(problem, through_normalizer=False)
-    terms["di"] = terms["df"] = np.abs(terms["dk"] * problem.inputs[1]).sum(axis=-1)
-    terms["dstabilizer"] = np.abs(terms["dmemory"] * problem.state.memory).sum(axis=(-2, -1))
-    for name, x in wanted.items():
-        scale = 1 + np.linalg.norm(terms[name]) / max(np.linalg.norm(x), 1e-30)
-        assert_close(got[name], x, FLOAT32 * scale, name)
+    got = evaluate(problem, chunk_size=8)
+    assert_all_close(got, expect(problem), FLOAT32, expect_terms(problem))
 
 
 # --- states -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, SIGMOID], ids=str)
+@pytest.mark.parametrize("options", [{}, pytest.param(SIGMOID, marks=pytest.mark.slow)], ids=str)
 def test_a_sequence_begins_from_the_empty_state(options):
     """No state at all is `MLSTMState.zeros`, of which nothing depends on what its fields hold."""
     problem = draw(21, ("plain", "packed"))
@@ -275,7 +266,7 @@ def test_no_token_sees_a_later_one():
 # --- numbers ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
+@pytest.mark.parametrize("input_gate", ["exp", pytest.param("sigmoid", marks=pytest.mark.slow)])
 def test_extreme_gates_give_finite_numbers(input_gate):
     """Every combination of them, with zero queries too: no NaN, no infinity, no gradient of one."""
     values = (1e4, -1e4, 100.0, -100.0, "mixed")
@@ -322,7 +313,7 @@ def test_gates_in_bfloat16_are_computed_in_float32():
     assert_close(h, ref.recurrence(*exact)[0], 4e-3)
 
 
-@pytest.mark.parametrize("options", [{}, SIGMOID], ids=str)
+@pytest.mark.parametrize("options", [{}, pytest.param(SIGMOID, marks=pytest.mark.slow)], ids=str)
 def test_float64_inputs_are_computed_in_float64(options):
     with jax.enable_x64(True):
         problem = draw(45, dtype=np.float64)
