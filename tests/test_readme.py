@@ -1,13 +1,13 @@
-"""The README says what is so: its example runs, and its tables are the committed results."""
+"""The README says what is so: its example runs, and its figures are the committed results."""
 
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
-
-from swr_jax.benchmark import predictions, tpu_baselines
+from absl import flags
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -21,29 +21,93 @@ def test_the_example_runs():
     assert names["y_packed"].shape == names["x"].shape == (2, 1000, 512)
 
 
-@pytest.mark.parametrize("study", ["mixers", "ablations"])
-def test_tables_are_the_committed_results(study):
-    spec = importlib.util.spec_from_file_location(
-        "comparison", ROOT / "experiments" / "comparison.py"
-    )
-    comparison = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(comparison)
-    results = json.loads((RESULTS / f"compare_{study}.json").read_text())
-    assert comparison.table(results) in README
+@pytest.fixture(scope="module")
+def results_index():
+    """The script that writes figures and index."""
+    folder = ROOT / "experiments"
+    spec = importlib.util.spec_from_file_location("results_index", folder / "results_index.py")
+    module = importlib.util.module_from_spec(spec)
+    defined = set(flags.FLAGS)
+    sys.path.insert(0, str(folder))
+    spec.loader.exec_module(module)
+    sys.path.remove(str(folder))
+    yield module
+    for name in set(flags.FLAGS) - defined:
+        delattr(flags.FLAGS, name)
 
 
-@pytest.mark.parametrize(("platform", "chip"), [("gpu", "h100"), ("tpu", "v5e")])
-def test_predictions_are_the_committed_reports(platform, chip):
-    record = json.loads((RESULTS / f"kernels_{platform}.json").read_text())
-    reports = [report for report in record["reports"] if report["chip"]["name"] == chip]
-    assert predictions.table(reports) in README
-    for report in record["reports"]:
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("kernels_gpu", "kernels_tpu", "tpu_baselines", "compare_mixers", "compare_ablations"),
+        *("cpu_recurrence", "cpu_copy", "cpu_layers", "h100_targets"),
+    ],
+)
+def test_figures_are_those_of_the_committed_files(results_index, name):
+    assert name in results_index.FIGURES
+    (place,) = results_index.place(name).finditer(README)
+    advice = "run python experiments/results_index.py"
+    assert place[2] == results_index.FIGURES[name]().strip(), advice
+
+
+def test_every_figure_has_its_place(results_index):
+    assert sorted(re.findall("<!-- figures: (.*) -->", README)) == sorted(results_index.FIGURES)
+
+
+def test_the_index_lists_every_result_with_its_origin(results_index):
+    index = (RESULTS / "README.md").read_text()
+    assert index == results_index.index(), "run python experiments/results_index.py"
+    rows = re.findall(r"^\| \[(.*?)\].*? \| (.*) \| (.*) \| (.*) \| (.*) \| (.*) \|$", index, re.M)
+    assert {name for name, *_ in rows} == {
+        path.relative_to(RESULTS).as_posix() for path in RESULTS.rglob("*.json")
+    }
+    for name, chip, jax, commit, date, command in rows:
+        assert chip, name
+        assert command, name
+        assert re.fullmatch(r"0\.\d+\.\d+[.\d]*", jax), name
+        assert re.fullmatch("[0-9a-f]{7}", commit), name
+        assert re.match(r"20\d\d-\d\d-\d\d", date), name
+
+
+def test_what_an_h100_should_do_is_written_down(results_index):
+    record = json.loads((RESULTS / results_index.PREDICTIONS).read_text())
+    assert record == results_index.h100(), "run python experiments/results_index.py"
+    assert {row["mode"] for row in record["predictions"]} == {"forward", "forward+backward"}
+    assert [target["required"] for target in record["targets"]] == [
+        *(">= 0.85", ">= 0.8", ">= 20", ">= 1.8", ">= 3.3", ">= 1.1", ">= 1.4"),
+    ]
+
+
+def test_a_device_that_has_spoken_fills_the_columns(results_index, monkeypatch, tmp_path):
+    (tmp_path / "h100").mkdir()
+    for source in ("kernels_gpu",):
+        (tmp_path / f"{source}.json").write_bytes((RESULTS / f"{source}.json").read_bytes())
+    measurement = {
+        "group": "plain",
+        "tokens": 8192,
+        "mode": "forward",
+        "contestants": {"sliding_window_recurrence": {"milliseconds": {"median": 0.2}}},
+    }
+    what = "sliding_window_recurrence forward: share of copy bandwidth"
+    record = {
+        "section": "recurrence",
+        "environment": {"device": "NVIDIA H100 80GB HBM3"},
+        "measurements": [measurement],
+        "targets": [{"what": what, "measured": 0.83}],
+    }
+    (tmp_path / "h100" / "device_recurrence.json").write_text(json.dumps(record))
+    monkeypatch.setattr(results_index, "RESULTS", tmp_path)
+    found = results_index.h100()
+    seconds = [row["measured_seconds"] for row in found["predictions"]]
+    assert [s for s in seconds if s is not None] == [pytest.approx(0.2e-3)]
+    assert [t["measured"] for t in found["targets"]] == [0.83, *[None] * 6]
+    assert f"| {what} | 0.85 | 0.83 |" in results_index.h100_targets()
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_no_kernel_breaks_its_budget(platform):
+    for report in json.loads((RESULTS / f"kernels_{platform}.json").read_text())["reports"]:
         assert report["broken_budgets"] == [], (report["name"], report["chip"]["name"])
-
-
-def test_the_tpu_comparison_is_the_committed_one():
-    predictions = json.loads((RESULTS / "tpu_baselines.json").read_text())["predictions"]
-    assert tpu_baselines.table(predictions, 8192) in README
 
 
 def test_pictures_and_files_that_it_names_exist():
