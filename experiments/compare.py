@@ -2,6 +2,7 @@
 
     python experiments/compare.py --study=mixers       # three architectures, three seeds
     python experiments/compare.py --study=ablations    # one change to the Phalanx hybrid each
+    python experiments/compare.py --study=windows      # SWAX and its windows, smaller models
 
 Every run is `experiments/pretrain.py` with the overrides listed below, the same data, steps and
 learning rate, on one core of its own. A study that was cut off goes on where it stopped. Speed is
@@ -21,8 +22,9 @@ from datetime import date
 from importlib import metadata
 from pathlib import Path
 
+import comparison
+import comparison_windows
 from absl import app, flags
-from comparison import draw, summarise, table, time_updates
 from configs import phalanx_tiny
 from flax import nnx
 from tqdm import tqdm
@@ -30,7 +32,7 @@ from tqdm import tqdm
 from swr_jax.nn import LanguageModel, num_parameters
 from swr_jax.train.config import TrainConfig, make_train_config
 
-_STUDY = flags.DEFINE_enum("study", "mixers", ["mixers", "ablations"], "Which runs.")
+_STUDY = flags.DEFINE_enum("study", "mixers", ["mixers", "ablations", "windows"], "Which runs.")
 _OUT = flags.DEFINE_string("out", "experiments/results", "Folder of the results.")
 _RUNS = flags.DEFINE_string("runs", "runs/compare", "Folder of the runs themselves.")
 _STEPS = flags.DEFINE_integer("steps", 300, "Updates of each run.", lower_bound=1)
@@ -59,6 +61,7 @@ STUDIES = {
         "Phalanx 3:1": {"model.pattern": ("phalanx", "phalanx", "phalanx", "attention")},
         "Phalanx only": {"model.pattern": ("phalanx",)},
     },
+    "windows": comparison_windows.MODELS,
 }
 
 
@@ -105,7 +108,7 @@ def run(overrides: dict, workdir: Path, cores: "queue.Queue[int]") -> None:
 def main(_: list[str]) -> None:
     """Run the study, then report it."""
     models = STUDIES[_STUDY.value]
-    seeds = _SEEDS.value or (3 if _STUDY.value == "mixers" else 1)
+    seeds = _SEEDS.value or (1 if _STUDY.value == "ablations" else 3)
     cores: queue.Queue[int] = queue.Queue()
     for core in sorted(os.sched_getaffinity(0)):
         cores.put(core)
@@ -134,20 +137,24 @@ def main(_: list[str]) -> None:
         "jax": metadata.version("jax"),
         "steps": _STEPS.value,
         "seeds": seeds,
-        "models": summarise(runs),
+        "models": comparison.summarise(runs),
     }
     if _STUDY.value == "mixers":
         configs = {
             name: train_config(all_overrides(changes, 0)) for name, changes in models.items()
         }
-        speeds = time_updates(configs, rounds=_ROUNDS.value)
+        speeds = comparison.time_updates(configs, rounds=_ROUNDS.value)
         results["models"] = {name: m | speeds[name] for name, m in results["models"].items()}
+    if _STUDY.value == "windows":
+        workdirs = {name: [w for n, _, w, _ in runs if n == name] for name in models}
+        comparison_windows.add_measurements(results["models"], workdirs)
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"compare_{_STUDY.value}"
     stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    draw(results, stem.with_suffix(".png"))
-    print(table(results))
+    reporter = comparison_windows if _STUDY.value == "windows" else comparison
+    reporter.draw(results, stem.with_suffix(".png"))
+    print(reporter.table(results))
 
 
 if __name__ == "__main__":
