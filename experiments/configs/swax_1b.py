@@ -11,50 +11,27 @@ Needs a tokenizer of at most that vocabulary, and text:
 --config.data.tokenizer=tokenizer.json --config.data.source=FOLDER
 """
 
-from configs import default
+from configs import phalanx_1b
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Width 2048, 24 blocks, 16,384 tokens per row, 0.5 million tokens per update."""
-    config = default.get_config()
+    """phalanx_1b with other mixers, 16,384 tokens per row, 0.5 million tokens per update."""
+    config = phalanx_1b.get_config()
     config.steps = 286_000  # 150 billion tokens
-    config.z_loss = 1e-4
-    config.log_every = 20
-    config.eval_every = 1000
-    config.eval_batches = 16
-    config.checkpoint_every = 1000
-    config.keep_checkpoints = 3
-    config.sample_prompt = "The "
 
     model = config.model
     model.vocab_size = 50_304
     model.tie_embeddings = False
     model.pattern = ("swa", "mlstm")
-    model.features = 2048
-    model.depth = 24
-    model.num_heads = 16  # of 128 features each
     model.window = 2048
+    model.rope_base = 10_000.0  # no attention reaches further than its window
     model.mlstm.num_heads = 4  # of 256 features per key, 512 per value
-    model.remat = "full"  # a row's activations do not fit otherwise
-    model.dtype = "bfloat16"
 
     schedule = config.window_schedule
     schedule.sizes = (128, 2048)
     schedule.probabilities = (0.5, 0.5)
 
-    data = config.data
-    data.source = "data/fineweb_edu"
-    data.tokenizer = "data/tokenizer.json"
-    data.sequence_length = 16_384
-    data.batch_size = 32
-    data.validation_fraction = 0.001
-
-    optimizer = config.optimizer
-    optimizer.learning_rate = 3e-4
-    optimizer.warmup_steps = 2000
-
-    # Parameters and optimizer state are spread over all devices.
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
+    config.data.sequence_length = 16_384
+    config.data.batch_size = 32
     return config
