@@ -101,10 +101,17 @@ def with_gradient(function: Callable) -> Callable:
     return call
 
 
-def compile_all(
-    lowered: Mapping[str, jax.stages.Lowered],
-) -> dict[str, jax.stages.Compiled | Exception]:
-    """Compile many programs at once, one thread each; what does not compile becomes its error."""
+def compile_all[Key](
+    lower: Mapping[Key, Callable[[], jax.stages.Lowered]],
+) -> dict[Key, jax.stages.Compiled | Exception]:
+    """Lower one program after the other, compiling in other threads meanwhile.
+
+    Args:
+        lower: what returns each lowered program.
+
+    Returns:
+        Executables; instead of one that cannot be lowered or compiled, the error.
+    """
 
     def compile_one(program: jax.stages.Lowered) -> jax.stages.Compiled | Exception:
         try:
@@ -112,8 +119,14 @@ def compile_all(
         except (RuntimeError, ValueError) as error:
             return error
 
+    done = {}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(lowered, pool.map(compile_one, lowered.values()), strict=True))
+        for key, lower_one in lower.items():
+            try:
+                done[key] = pool.submit(compile_one, lower_one())
+            except (RuntimeError, ValueError) as error:
+                done[key] = error
+    return {k: x if isinstance(x, Exception) else x.result() for k, x in done.items()}
 
 
 def rotation(set_bytes: int) -> int:

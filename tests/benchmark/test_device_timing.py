@@ -54,8 +54,14 @@ def test_many_programs_are_compiled_and_failures_are_kept():
         def compile(self):
             raise ValueError("too large")
 
-    good = jax.jit(lambda x: 2 * x).lower(jnp.ones(3))
-    programs = timing.compile_all({"good": good, "broken": Broken()})
+    programs = timing.compile_all(
+        {
+            "good": lambda: jax.jit(double).lower(jnp.ones(3)),
+            "refused": lambda: jax.jit(refuse).lower(jnp.ones(3)),
+            "broken": Broken,
+        }
+    )
+    assert str(programs["refused"]) == "no kernel for (3,)"
     assert str(programs["broken"]) == "too large"
     np.testing.assert_array_equal(programs["good"](jnp.ones(3)), [2, 2, 2])
 
@@ -91,7 +97,7 @@ def test_who_cannot_take_part_is_left_out_with_the_reason():
     assert found["left_out"] == {
         "wrong": "differs from ours by 5.0e-02",
         "not a number": "differs from ours by nan",
-        "refused": "does not lower: NotImplementedError: no kernel for (4,)",
+        "refused": "does not compile: NotImplementedError: no kernel for (4,)",
         "slow": "a call might take 1.5 s",
         "slower": "a call might take longer still than at a shorter length",
     }
@@ -101,9 +107,9 @@ def test_who_cannot_take_part_is_left_out_with_the_reason():
 
 def test_what_does_not_fit_into_memory_is_not_run(monkeypatch):
     monkeypatch.setattr(platform, "free_bytes", lambda: 8)
-    programs, left_out = contest.compile_entrants({"large": entrant(double)})
-    assert programs == {}
-    assert left_out == {"large": "needs 0.0 GiB more memory than is free"}
+    found = contest.hold({"large": entrant(double)}, ONCE, ())
+    assert found["contestants"] == {}
+    assert found["left_out"] == {"large": "needs 0.0 GiB more memory than is free"}
 
 
 def test_expectations_follow_the_longest_rows_so_far():

@@ -8,8 +8,10 @@ Inputs are drawn in the lower precision, so that both precisions have the same o
 kernels are simulated.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -31,6 +33,8 @@ from swr_jax.ops import (
 # Largest relative RMS error, by dtype of the arrays; the maths is in float32 always.
 TOLERANCES = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 1e-3}
 STATE = ("local", "carriers")
+MODES = ("forward", "forward+backward")
+_CASES_AT_ONCE = 4  # bounds the float64 copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,11 @@ class Case:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     packed: bool = False
     lane_order: bool = False
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of the operator's arrays."""
+        return ("a", "b", "c", "v") if self.gated else ("a", "v")
 
     @property
     def name(self) -> str:
@@ -102,32 +111,92 @@ def run(sizes: Sizes, session: Session) -> Iterator[dict]:
         "case", "backend", "dtype", "tolerance", "errors" (relative RMS by program and quantity),
         and "fault": what is wrong, None where nothing is.
     """
-    for case in sizes.cases:
-        pending = [
-            (backend, dtype)
-            for backend in platform.backends()
-            for dtype in case.dtypes
-            if backend.name == "mosaic_tpu" or not case.lane_order
-            if not session.is_done(label(case, backend, dtype))
+    for cases in itertools.batched(sizes.cases, _CASES_AT_ONCE):
+        trials = [
+            trial for case in cases for trial in trials_of(case) if not session.is_done(trial.name)
         ]
-        if not pending:
-            continue
-        arrays = draw(case)
-        expected = expect(case, arrays)
-        for backend, dtype in pending:
+        pending = list(dict.fromkeys(trial.case for trial in trials))
+        arrays = {case: draw(case) for case in pending}
+        with concurrent.futures.ThreadPoolExecutor(_CASES_AT_ONCE) as pool:
+            # The oracles work while programs are compiled.
+            expected = {case: pool.submit(expect, case, arrays[case]) for case in pending}
+            programs = timing.compile_all(
+                {
+                    (trial, mode): functools.partial(trial.lower, mode, arrays[trial.case])
+                    for trial in trials
+                    for mode in MODES
+                }
+            )
+        for trial in trials:
+            compiled = {mode: programs.pop((trial, mode)) for mode in MODES}
             yield {
-                "case": label(case, backend, dtype),
-                "backend": backend.name,
-                "simulated": backend.simulated,
-                "dtype": dtype,
-                "tolerance": TOLERANCES[dtype],
-                **judge(case, backend, dtype, arrays, expected),
+                "case": trial.name,
+                "backend": trial.backend.name,
+                "simulated": trial.backend.simulated,
+                "dtype": trial.dtype,
+                "tolerance": TOLERANCES[trial.dtype],
+                **judge(trial, compiled, arrays[trial.case], expected[trial.case].result()),
             }
 
 
-def label(case: Case, backend: platform.Backend, dtype: str) -> str:
-    """Name one check."""
-    return f"{backend.name}, {dtype}: {case.name}"
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A case in one implementation and one dtype."""
+
+    case: Case
+    backend: platform.Backend
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """What it is, in words."""
+        return f"{self.backend.name}, {self.dtype}: {self.case.name}"
+
+    def lower(self, mode: str, arrays: Mapping[str, np.ndarray]) -> jax.stages.Lowered:
+        """Lower a pass of the operator; it takes what `given` returns."""
+        solve = functools.partial(self._solve, arrays)
+        given, x_bar = self.given(arrays)
+        with self.backend.tracing():
+            if mode == "forward":
+                return jax.jit(lambda given, _: solve(given)).lower(given, x_bar)
+            return jax.jit(timing.with_gradient(solve)).lower((given,), x_bar)
+
+    def given(self, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Return the arguments by name, and the output's cotangent."""
+        given = {name: jnp.asarray(arrays[name], self.dtype) for name in self.case.arguments}
+        if self.case.packed:
+            given |= {name: jnp.asarray(arrays[name]) for name in STATE if arrays[name].size}
+        return given, jnp.asarray(arrays["x_bar"], self.dtype)
+
+    def _solve(self, arrays: Mapping[str, np.ndarray], given: dict[str, jax.Array]) -> jax.Array:
+        case = self.case
+        window = {"block_size": case.block_size, "lookback": case.lookback}
+        inputs = [given[name] for name in case.arguments]
+        if case.lane_order:
+            a, *wide = inputs
+            *gates, v = map(lane_order.to_lane_order, wide)
+            x = lane_order.recurrence_in_lane_order(a, v, tuple(gates) or None, **window)
+            return from_lane_order(x, a.shape[2])
+        options = {**window, "implementation": self.backend.name}
+        if case.packed:
+            options["segment_ids"] = jnp.asarray(arrays["documents"])
+            state = RecurrenceState.zeros(case.shape[0], *case.shape[2:], **window)
+            options["initial_state"] = state.replace(
+                position=jnp.asarray(arrays["position"]),
+                **{name: given[name] for name in STATE if name in given},
+            )
+        operator = gated_sliding_window_recurrence if case.gated else sliding_window_recurrence
+        return operator(*inputs, **options)
+
+
+def trials_of(case: Case) -> list[Trial]:
+    """Return a case in every kernel and dtype; in XLA's form, which is no kernel, in one dtype."""
+    return [
+        Trial(case, backend, dtype)
+        for backend in platform.backends()
+        if backend.name == "mosaic_tpu" or not case.lane_order
+        for dtype in case.dtypes[: 1 if backend.name == "xla" else None]
+    ]
 
 
 def faults(record: Mapping) -> list[str]:
@@ -168,8 +237,7 @@ def draw(case: Case) -> dict[str, np.ndarray]:
 def expect(case: Case, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return output "x" and the gradient of every array, in float64."""
     window = {"block_size": case.block_size, "lookback": case.lookback}
-    names = ("a", "b", "c", "v") if case.gated else ("a", "v")
-    given = [arrays[name].astype(np.float64) for name in names]
+    given = [arrays[name].astype(np.float64) for name in case.arguments]
     if not case.packed:
         solve = oracle.gated_recurrence if case.gated else oracle.recurrence
         found = solve(*given, arrays["x_bar"], **window)
@@ -188,79 +256,41 @@ def expect(case: Case, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
         gradients = reference.sliding_window_gradients(*given, x_bar, **window)
         gradients["v"] = gradients.pop("u")
         x = reference.sliding_window_recurrence(*given, **window)
-    wanted = (*names, *(name for name in STATE if arrays[name].size))
+    wanted = (*case.arguments, *(name for name in STATE if arrays[name].size))
     return {"x": x} | {name: gradients[name] for name in wanted}
 
 
 def judge(
-    case: Case,
-    backend: platform.Backend,
-    dtype: str,
+    trial: Trial,
+    programs: Mapping[str, jax.stages.Compiled | Exception],
     arrays: Mapping[str, np.ndarray],
     expected: Mapping[str, np.ndarray],
 ) -> dict:
-    """Run a backend on arrays of a dtype and compare; returns "errors" and "fault"."""
+    """Run both programs and compare; returns "errors" and "fault"."""
     errors = {}
-    try:
-        for program, found in evaluate(case, backend, dtype, arrays).items():
-            errors[program] = {
-                key: reference.relative_rms(value, expected[key]) for key, value in found.items()
-            }
-    except (RuntimeError, ValueError) as error:
-        return {"errors": errors, "fault": first_line(error)}
+    given, x_bar = trial.given(arrays)
+    for mode, program in programs.items():
+        if isinstance(program, Exception):
+            return {"errors": errors, "fault": first_line(program)}
+        try:
+            if mode == "forward":
+                found = {"x": program(given, x_bar)}
+            else:
+                x, (gradients,) = program((given,), x_bar)
+                found = {"x": x, **gradients}
+            found = jax.tree.map(np.asarray, found)
+        except jax.errors.JaxRuntimeError as error:
+            return {"errors": errors, "fault": first_line(error)}
+        errors[mode] = {
+            key: reference.relative_rms(value, expected[key]) for key, value in found.items()
+        }
     worst, where = max(
-        (error if error == error else np.inf, f"{key} {program}")  # NaN is the worst
-        for program, found in errors.items()
+        (error if error == error else np.inf, f"{key} {mode}")  # NaN is the worst
+        for mode, found in errors.items()
         for key, error in found.items()
     )
-    limit = TOLERANCES[dtype]
+    limit = TOLERANCES[trial.dtype]
     fault = None
     if worst > limit:
         fault = f"relative RMS error of {where}: {worst:.1e}, at most {limit:.0e} is allowed"
     return {"errors": errors, "fault": fault}
-
-
-def evaluate(
-    case: Case, backend: platform.Backend, dtype: str, arrays: Mapping[str, np.ndarray]
-) -> dict[str, dict[str, np.ndarray]]:
-    """Return by program what it computes: {"forward": {"x"}, "forward+backward": {"x", ...}}."""
-    names = ("a", "b", "c", "v") if case.gated else ("a", "v")
-    given = {name: jnp.asarray(arrays[name], dtype) for name in names}
-    x_bar = jnp.asarray(arrays["x_bar"], dtype)
-    if case.packed:
-        given |= {name: jnp.asarray(arrays[name]) for name in STATE if arrays[name].size}
-    window = {"block_size": case.block_size, "lookback": case.lookback}
-    operator = gated_sliding_window_recurrence if case.gated else sliding_window_recurrence
-    operator = functools.partial(operator, **window, implementation=backend.name)
-    if case.lane_order:
-
-        def operator(a: jax.Array, *wide: jax.Array) -> jax.Array:
-            *gates, v = map(lane_order.to_lane_order, wide)
-            x = lane_order.recurrence_in_lane_order(a, v, tuple(gates) or None, **window)
-            return from_lane_order(x, a.shape[2])
-
-    def solve(given: dict[str, jax.Array]) -> jax.Array:
-        options = {}
-        if case.packed:
-            options["segment_ids"] = jnp.asarray(arrays["documents"])
-            state = RecurrenceState.zeros(case.shape[0], *case.shape[2:], **window)
-            options["initial_state"] = state.replace(
-                position=jnp.asarray(arrays["position"]),
-                **{name: given[name] for name in STATE if name in given},
-            )
-        return operator(*(given[name] for name in names), **options)
-
-    with backend.tracing():
-        lowered = {
-            "forward": jax.jit(solve).lower(given),
-            "forward+backward": jax.jit(timing.with_gradient(solve)).lower((given,), x_bar),
-        }
-    programs = timing.compile_all(lowered)
-    for program in programs.values():
-        if isinstance(program, Exception):
-            raise program
-    x = programs["forward"](given)
-    jax.block_until_ready(x)
-    both, (gradients,) = programs["forward+backward"]((given,), x_bar)
-    found = {"forward": {"x": x}, "forward+backward": {"x": both, **gradients}}
-    return jax.tree.map(np.asarray, found)

@@ -1,6 +1,7 @@
 """Contestants compiled together, and timed by turns; who cannot take part is left out by reason."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 from swr_jax.benchmark import timing
 from swr_jax.benchmark.device import platform
 from swr_jax.benchmark.records import first_line
+
+Program = jax.stages.Compiled | Exception
 
 # A call that is expected to take longer is not timed.
 SLOWEST_SECONDS = 0.5
@@ -48,6 +51,7 @@ def hold(
     budget: timing.Budget,
     references: Sequence[str],
     peers: Peers | None = None,
+    programs: Mapping[str, Program] | None = None,
 ) -> dict:
     """Time contestants side by side.
 
@@ -56,12 +60,15 @@ def hold(
         budget: of the rounds.
         references: names that all are compared with.
         peers: what is compared before it is timed; who disagrees is left out.
+        programs: what `compile_cases` made of the entrants; None: they are compiled now.
 
     Returns:
         What `timing.summarise` returns (with no contestants, if all are left out); "left_out": the
         reason by name; and "differences" from the peers by name.
     """
-    programs, left_out = compile_entrants(entrants)
+    if programs is None:
+        programs = compile_cases({"": entrants})[""]
+    programs, left_out = choose(entrants, programs)
     calls, differences = {}, {}
     for name, program in programs.items():
         calls[name] = timing.Rotation(program, entrants[name].sets)
@@ -83,6 +90,67 @@ def hold(
         temporaries = {name: timing.temporary_bytes(programs[name]) for name in calls}
         summary = timing.summarise(samples, temporaries, {name: name for name in references})
     return {**summary, "left_out": left_out, "differences": differences}
+
+
+def compile_cases(cases: Mapping[str, Mapping[str, Entrant]]) -> dict[str, dict[str, Program]]:
+    """Compile the entrants of several cases at once; arguments may be shapes.
+
+    Who is expected to be too slow is not compiled.
+    """
+    lower = {
+        (case, name): functools.partial(jax.jit(entrant.function).lower, *entrant.sets[0])
+        for case, entrants in cases.items()
+        for name, entrant in entrants.items()
+        if not _is_too_slow(entrant)
+    }
+    compiled = timing.compile_all(lower)
+    return {
+        case: {name: compiled[case, name] for name in entrants if (case, name) in compiled}
+        for case, entrants in cases.items()
+    }
+
+
+def choose(
+    entrants: Mapping[str, Entrant], programs: Mapping[str, Program]
+) -> tuple[dict[str, jax.stages.Compiled], dict[str, str]]:
+    """Return the executables that can be run, and reasons for the others."""
+    chosen, left_out = {}, {}
+    for name, entrant in entrants.items():
+        program = programs.get(name)
+        if _is_too_slow(entrant):
+            known = math.isfinite(entrant.expected)
+            left_out[name] = "a call might take " + (
+                f"{entrant.expected:.1f} s" if known else "longer still than at a shorter length"
+            )
+        elif isinstance(program, Exception):
+            left_out[name] = f"does not compile: {first_line(program)}"
+        elif shortage := lacking_bytes(program):
+            left_out[name] = f"needs {shortage / 2**30:.1f} GiB more memory than is free"
+        else:
+            chosen[name] = program
+    return chosen, left_out
+
+
+def _is_too_slow(entrant: Entrant) -> bool:
+    return entrant.expected is not None and entrant.expected > SLOWEST_SECONDS
+
+
+def lacking_bytes(program: jax.stages.Compiled) -> int:
+    """Return how much more memory a call needs, besides its arguments, than is free; 0 if none."""
+    free = platform.free_bytes()
+    if free is None:
+        return 0
+    memory = program.memory_analysis()
+    held = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    return max(0, held - free)
+
+
+def depths(programs: Mapping[str, jax.stages.Compiled], names) -> dict[str, int] | None:
+    """Return how many calls of each may be in flight; None where each should be waited for."""
+    if not platform.is_pipelined():
+        return None
+    free = platform.free_bytes() or 0
+    return {name: timing.calls_in_flight(programs[name], free) for name in names}
 
 
 def difference(actual, expected) -> float:
@@ -125,24 +193,6 @@ def compile_entrants(
             continue
         del programs[name]
     return programs, left_out
-
-
-def lacking_bytes(program: jax.stages.Compiled) -> int:
-    """Return how much more memory a call needs, besides its arguments, than is free; 0 if none."""
-    free = platform.free_bytes()
-    if free is None:
-        return 0
-    memory = program.memory_analysis()
-    held = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-    return max(0, held - free)
-
-
-def depths(programs: Mapping[str, jax.stages.Compiled], names) -> dict[str, int] | None:
-    """Return how many calls of each may be in flight; None where each should be waited for."""
-    if not platform.is_pipelined():
-        return None
-    free = platform.free_bytes() or 0
-    return {name: timing.calls_in_flight(programs[name], free) for name in names}
 
 
 def expected_seconds(

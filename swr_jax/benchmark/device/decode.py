@@ -90,13 +90,14 @@ class Stream:
         )
         self._parameters = parameters()
 
-    def lower(self) -> dict[str, jax.stages.Lowered]:
-        """Lower what reads the prompt, and a step."""
+    def lower_read(self) -> jax.stages.Lowered:
+        """Lower what reads the prompt."""
+        return jax.jit(self._read).lower(self._parameters, self._prompt)
+
+    def lower_step(self) -> jax.stages.Lowered:
+        """Lower a step."""
         tokens, state = jax.eval_shape(self._read, self._parameters, self._prompt)
-        return {
-            "read": jax.jit(self._read).lower(self._parameters, self._prompt),
-            "step": jax.jit(self._step, donate_argnums=2).lower(self._parameters, tokens, state),
-        }
+        return jax.jit(self._step, donate_argnums=2).lower(self._parameters, tokens, state)
 
     def start(self, read: jax.stages.Compiled, step: jax.stages.Compiled) -> None:
         """Read the prompt."""
@@ -132,9 +133,9 @@ def _time(model: training.Model, batch: int, context: int, sizes: Sizes) -> dict
         name: Stream(model.config(pattern, param_dtype="bfloat16"), prompt, context)
         for name, pattern in PATTERNS.items()
     }
-    lowered = {name: stream.lower() for name, stream in streams.items()}
     compiled = timing.compile_all(
-        {(name, part): x for name, parts in lowered.items() for part, x in parts.items()}
+        {(name, "read"): stream.lower_read for name, stream in streams.items()}
+        | {(name, "step"): stream.lower_step for name, stream in streams.items()}
     )
     for program in compiled.values():
         if isinstance(program, Exception):

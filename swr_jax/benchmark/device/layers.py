@@ -102,21 +102,77 @@ def run(sizes: Sizes, session: Session) -> Iterator[dict]:
         }
         yield {"case": "check", "relative_rms": errors, "contestants": {}, "left_out": {}}
     for length in sizes.lengths:
-        for features in sizes.features:
-            cases = {mode: f"width {features}, T {length}, {mode}" for mode in MODES}
-            if all(session.is_done(case) for case in cases.values()):
-                continue
-            if session.is_over():
-                yield from map(session.left_out, cases.values())
-                continue
-            layers = make_layers(features, sizes)
-            x = draw(features, length, sizes)
-            for mode, case in cases.items():
-                if not session.is_done(case):
-                    shape = {"features": features, "batch": x[0].shape[0], "tokens": length}
-                    yield {"case": case, **shape, "mode": mode} | _time(
-                        session, layers, x, mode, features, sizes
-                    )
+        found = {
+            f"width {features}, T {length}, {mode}": (features, mode)
+            for features in sizes.features
+            for mode in MODES
+        }
+        pending = {case: key for case, key in found.items() if not session.is_done(case)}
+        if session.is_over():
+            yield from map(session.left_out, pending)
+            continue
+        widths = dict.fromkeys(features for features, _ in pending.values())
+        shapes = {
+            features: (
+                jax.eval_shape(functools.partial(make_parameters, features, sizes)),
+                jax.eval_shape(functools.partial(draw, features, length, sizes)),
+            )
+            for features in widths
+        }
+        programs = contest.compile_cases(
+            {
+                case: entrants(mode, features, *shapes[features], sizes, session)
+                for case, (features, mode) in pending.items()
+            }
+        )
+        for features in widths:
+            parameters, x = make_parameters(features, sizes), draw(features, length, sizes)
+            for case, (other, mode) in pending.items():
+                if other != features:
+                    continue
+                shape = {"features": features, "batch": x[0].shape[0], "tokens": length}
+                yield {"case": case, **shape, "mode": mode} | contest.hold(
+                    entrants(mode, features, parameters, x, sizes, session),
+                    sizes.budget,
+                    REFERENCES,
+                    programs=programs.pop(case),
+                )
+
+
+def make_parameters(features: int, sizes: Sizes) -> dict[str, nnx.State]:
+    """Return the parameters of every layer of one width."""
+    return {name: layer.parameters for name, layer in make_layers(features, sizes).items()}
+
+
+def entrants(
+    mode: str,
+    features: int,
+    parameters: dict[str, nnx.State],
+    x: list[jax.Array],
+    sizes: Sizes,
+    session: Session,
+) -> dict[str, contest.Entrant]:
+    """Return all layers of one width, for arguments or their shapes."""
+    *inputs, cotangent = x
+    found = {}
+    for name, layer in _definitions(features, sizes).items():
+        function, sets = layer, [(parameters[name], y) for y in inputs]
+        if mode == "forward+backward":
+            function = timing.with_gradient(function)
+            sets = [(arguments, cotangent) for arguments in sets]
+        expected = contest.expected_seconds(
+            session.record["measurements"], name, *cotangent.shape[:2], mode=mode, features=features
+        )
+        found[name] = contest.Entrant(function, sets, expected)
+    return found
+
+
+@functools.cache
+def _definitions(features: int, sizes: Sizes) -> dict:
+    """The layers as functions of their parameters, made without any."""
+    found = {}
+    jax.eval_shape(lambda: found.update(make_layers(features, sizes)))
+    return {name: layer.apply for name, layer in found.items()}
 
 
 def draw(features: int, length: int, sizes: Sizes) -> list[jax.Array]:
@@ -129,25 +185,3 @@ def draw(features: int, length: int, sizes: Sizes) -> list[jax.Array]:
 
     first = draw_one(0)
     return [first, *(draw_one(i) for i in range(1, 1 + timing.rotation(first.nbytes)))]
-
-
-def _time(
-    session: Session,
-    layers: dict[str, on_cpu.Layer],
-    x: list[jax.Array],
-    mode: str,
-    features: int,
-    sizes: Sizes,
-) -> dict:
-    entrants = {}
-    *inputs, cotangent = x
-    for name, layer in layers.items():
-        function, sets = layer.apply, [(layer.parameters, y) for y in inputs]
-        if mode == "forward+backward":
-            function = timing.with_gradient(function)
-            sets = [(arguments, cotangent) for arguments in sets]
-        expected = contest.expected_seconds(
-            session.record["measurements"], name, *inputs[0].shape[:2], mode=mode, features=features
-        )
-        entrants[name] = contest.Entrant(function, sets, expected)
-    return contest.hold(entrants, sizes.budget, REFERENCES)

@@ -155,56 +155,74 @@ def run(sizes: Sizes, session: Session) -> Iterator[dict]:
         "bytes" and "copy_fraction" of each contestant.
     """
     for length in sizes.lengths:
-        for group, contestants in groups().items():
-            cases = {mode: f"{group}, T {length}, {mode}" for mode in MODES}
-            if all(session.is_done(case) for case in cases.values()):
-                continue
-            if session.is_over():
-                yield from map(session.left_out, cases.values())
-                continue
+        found = {
+            f"{group}, T {length}, {mode}": (group, mode) for group in groups() for mode in MODES
+        }
+        pending = {case: key for case, key in found.items() if not session.is_done(case)}
+        if session.is_over():
+            yield from map(session.left_out, pending)
+            continue
+        shapes = {
+            group: jax.eval_shape(functools.partial(draw, group, length, sizes))
+            for group, _ in pending.values()
+        }
+        programs = contest.compile_cases(
+            {
+                case: entrants(group, mode, *shapes[group], session)
+                for case, (group, mode) in pending.items()
+            }
+        )
+        for group in shapes:
             sets, cotangent = draw(group, length, sizes)
-            for mode, case in cases.items():
-                if not session.is_done(case):
-                    yield {
-                        "case": case,
-                        "group": group,
-                        "tokens": length,
-                        "batch": sets[0][0].shape[0],
-                        "mode": mode,
-                        **_time(session, contestants, sets, cotangent, mode, sizes, group),
-                    }
+            for case, (other, mode) in pending.items():
+                if other != group:
+                    continue
+                shape = {"tokens": length, "batch": cotangent.shape[0]}
+                yield {"case": case, "group": group, **shape, "mode": mode} | _time(
+                    entrants(group, mode, sets, cotangent, session),
+                    programs.pop(case),
+                    groups()[group],
+                    minimal_bytes(sets[0], mode),
+                    sizes.budget,
+                )
 
 
-def _time(
-    session: Session,
-    contestants: dict[str, Contestant],
-    sets: list[tuple[Array, ...]],
-    cotangent: Array,
-    mode: str,
-    sizes: Sizes,
-    group: str,
-) -> dict:
+def entrants(
+    group: str, mode: str, sets: list[tuple[Array, ...]], cotangent: Array, session: Session
+) -> dict[str, contest.Entrant]:
+    """Return all contestants of a group and the copy, for arguments or their shapes."""
     both = mode == "forward+backward"
-    entrants, peers = {}, {}
-    for name, contestant in contestants.items():
-        entrants[name] = contest.Entrant(
+    found = {}
+    for name, contestant in groups()[group].items():
+        found[name] = contest.Entrant(
             timing.with_gradient(contestant.function) if both else contestant.function,
             [(arguments, cotangent) for arguments in sets] if both else sets,
             contest.expected_seconds(
-                session.record["measurements"],
-                name,
-                *sets[0][0].shape[:2],
-                group=group,
-                mode=mode,
+                session.record["measurements"], name, *cotangent.shape[:2], group=group, mode=mode
             ),
         )
-        # The project's operators come first.
-        peers[name] = next(n for n, c in contestants.items() if c.lookback == contestant.lookback)
-    entrants["copy"] = contest.Entrant(speed.copy, [(arguments[-1],) for arguments in sets])
-    found = contest.hold(entrants, sizes.budget, REFERENCES, peers=contest.Peers(peers, TOLERANCE))
-    copied = 2 * sets[0][-1].nbytes
+    found["copy"] = contest.Entrant(speed.copy, [(arguments[-1],) for arguments in sets])
+    return found
+
+
+def _time(
+    entrants: dict[str, contest.Entrant],
+    programs: dict[str, contest.Program],
+    contestants: dict[str, Contestant],
+    least_bytes: int,
+    budget: timing.Budget,
+) -> dict:
+    # The project's operators come first.
+    peers = {
+        name: next(n for n, c in contestants.items() if c.lookback == contestant.lookback)
+        for name, contestant in contestants.items()
+    }
+    found = contest.hold(
+        entrants, budget, REFERENCES, peers=contest.Peers(peers, TOLERANCE), programs=programs
+    )
+    copied = 2 * entrants["copy"].sets[0][0].nbytes
     for name, contestant in found["contestants"].items():
-        contestant["bytes"] = copied if name == "copy" else minimal_bytes(sets[0], mode)
+        contestant["bytes"] = copied if name == "copy" else least_bytes
         if "copy" in contestant["speedup"]:
             contestant["copy_fraction"] = {
                 key: value * contestant["bytes"] / copied

@@ -13,6 +13,7 @@ is their rate over that of a large product of matrices in bfloat16 on this devic
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -195,7 +196,9 @@ def _time(model: Model, shape: tuple[int, int], budget: timing.Budget) -> dict:
         name: Update(model.config(pattern, remat="full")) for name, pattern in PATTERNS.items()
     }
     tokens = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
-    programs = timing.compile_all({name: update.lower(tokens) for name, update in updates.items()})
+    programs = timing.compile_all(
+        {name: functools.partial(update.lower, tokens) for name, update in updates.items()}
+    )
     left_out = {
         name: f"does not compile: {first_line(program)}"
         for name, program in programs.items()
