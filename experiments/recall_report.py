@@ -9,7 +9,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 # What is plotted: label and colour of each condition of `recall_study.conditions`.
-_WHOLE = "whole"
 _STYLES = {
     "short": ("whole, window {short}", {"color": "C0"}),
     "long": ("whole, window {long}", {"color": "C1"}),
@@ -32,14 +31,8 @@ def _conditions(results: dict) -> dict[str, str]:
 
 
 def ranges(run: dict, condition: str, length: int) -> list[dict] | None:
-    """Accuracies by distance of one run, None where it was not tested so.
-
-    A model without attention has one test, which stands for every window.
-    """
-    tests = run["tests"]
-    if condition not in tests and _WHOLE in tests and "no" not in condition.split():
-        condition = _WHOLE
-    test = tests.get(condition, {}).get(str(length))
+    """Accuracies by distance of one run, None where it was not tested so."""
+    test = run["tests"].get(condition, {}).get(str(length))
     return test and test["by_distance"]
 
 
@@ -136,6 +129,8 @@ def draw(results: dict, path: Path) -> None:
         for key, condition in _conditions(results).items():
             label, style = _STYLES[key]
             points = _curves(results, model, condition)
+            if not points:
+                continue
             names, values = [n for n, _ in points], [v for _, v in points]
             means = [statistics.mean(v) for v in values]
             label = label.format(short=short, long=long)

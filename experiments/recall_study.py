@@ -161,14 +161,14 @@ def score(answer: Callable, params: Params, length: int, *, rows: int, parts: in
 
 def conditions(pattern: tuple[str, ...]) -> dict[str, tuple[int, str | None]]:
     """Return what a model is tested under: by name, the window and the mixer without effect."""
-    if "swa" not in pattern:
-        return {"whole": (LONG, None)}
     named: dict[str, tuple[int, str | None]] = {
-        f"window {window}": (window, None) for window in (2, SHORT, LONG)
+        f"window {window}": (window, None) for window in (SHORT, LONG)
     }
-    for mixer in set(pattern) - {"swa"}:
-        named["no attention"] = (SHORT, "swa")
-        named |= {f"window {w}, no recurrence": (w, mixer) for w in (SHORT, LONG)}
+    if "swa" in pattern:
+        named["window 2"] = (2, None)
+        for mixer in set(pattern) - {"swa"}:
+            named["no attention"] = (SHORT, "swa")
+            named |= {f"window {w}, no recurrence": (w, mixer) for w in (SHORT, LONG)}
     return named
 
 
@@ -205,7 +205,7 @@ def run(name: str, *, seed: int, steps: int, test_parts: int = 16) -> dict:
         params = state.params
         if removed:
             params = without(params, variant.pattern, removed)
-        lengths = TEST_LENGTHS if window != 2 and removed != "swa" else TEST_LENGTHS[:1]
+        lengths = TEST_LENGTHS[:1] if window == 2 or removed == "swa" else TEST_LENGTHS
         tests[condition] = {
             str(length): score(answers[window], params, length, rows=32, parts=test_parts)
             for length in lengths
