@@ -68,15 +68,22 @@ class Session:
     seconds: float = float("inf")
 
     def __post_init__(self):
-        self._began = time.perf_counter()
+        self._began = self._last = time.perf_counter()
+        self._longest = 0.0
 
     def is_done(self, case: str) -> bool:
         """Whether a case has been measured."""
         return any(found["case"] == case for found in self.record["measurements"])
 
     def is_over(self) -> bool:
-        """Whether the time is used up."""
-        return time.perf_counter() - self._began > self.seconds
+        """Whether there is no time for another step, each as long as the longest so far.
+
+        To be asked before each of them.
+        """
+        now = time.perf_counter()
+        self._longest = max(self._longest, now - self._last)
+        self._last = now
+        return now - self._began + self._longest > self.seconds
 
     def left_out(self, case: str, reason: str | None = None) -> dict:
         """Return what to yield for a case that is not measured; by default for want of time."""

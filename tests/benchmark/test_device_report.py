@@ -45,6 +45,14 @@ def test_a_device_is_done_in_less_than_eight_minutes():
     assert sum(section.seconds for section in suites.DEVICE.values()) < 480
 
 
+def test_a_section_stops_when_a_step_would_take_it_over_its_time(monkeypatch):
+    clock = iter([0.0, 1.0, 31.0, 59.0, 71.0])
+    monkeypatch.setattr(records.time, "perf_counter", lambda: next(clock))
+    session = records.Session({"measurements": []}, seconds=100)
+    # The longest step took 30 s: at 71 s there is no time for another.
+    assert [session.is_over() for _ in range(4)] == [False, False, False, True]
+
+
 def timed(milliseconds, size, **speedup):
     return {
         "milliseconds": {"median": milliseconds},

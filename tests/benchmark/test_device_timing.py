@@ -128,5 +128,7 @@ def test_expectations_follow_the_longest_rows_so_far():
     assert expect(earlier, "scan", 2, 4096, mode="forward") == pytest.approx(0.02)
     assert expect(earlier, "scan", 4, 4096, mode="forward") == pytest.approx(0.04)
     assert expect(earlier, "scan", 2, 4096, mode="backward") is None
+    # What was too slow is too slow for longer rows, but not for shorter ones.
     earlier[0]["left_out"]["other"] = "a call might take 3.0 s"
     assert expect(earlier, "other", 2, 4096, mode="forward") == float("inf")
+    assert expect(earlier, "other", 4, 1536, mode="forward") == pytest.approx(1.125e-3)

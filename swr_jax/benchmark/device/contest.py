@@ -202,12 +202,12 @@ def expected_seconds(
 
     Args:
         measurements: earlier ones.
-        name: of the contestant. One that was too slow once is expected never to end.
+        name: of the contestant. If it was too slow at shorter rows, it is expected never to end.
         batch, tokens: rows, and tokens in a row. Work grows at most with the square of the latter.
         **same: what a measurement must have in common with this one.
     """
     like = [m for m in measurements if all(m.get(key) == value for key, value in same.items())]
-    if any("might take" in m["left_out"].get(name, "") for m in like):
+    if any("might take" in m["left_out"].get(name, "") for m in like if m["tokens"] <= tokens):
         return math.inf
     like = [m for m in like if name in m["contestants"]]
     if not like:

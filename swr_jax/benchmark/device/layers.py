@@ -38,7 +38,7 @@ class Sizes:
 
 
 FULL = Sizes(
-    lengths=(8192, 2048, 32768, 131072),
+    lengths=(8192, 131072, 2048, 32768),
     tokens=32768,
     features=(2048, 1024, 4096),
     head_dim=128,
