@@ -56,16 +56,18 @@ def recurrence(a: Array, u: Array, x_bar: Array, *, block_size: int, lookback: i
         u: inputs [B, T, H, D].
         x_bar: cotangent of the output [B, T, H, D].
         block_size: tokens in a block.
-        lookback: 1 for the window of one block back, None for the exact recurrence.
+        lookback: 0 for a token's own block, 1 for the window of one block back, None for the exact
+            recurrence.
 
     Returns:
         Under "x", "a", "u": the output and the gradients of sum(x * x_bar), float64.
     """
-    if lookback not in (1, None):
-        raise ValueError(f"{lookback=}: must be 1 or None")
+    if lookback not in (0, 1, None):
+        raise ValueError(f"{lookback=}: must be 0, 1 or None")
     if lookback is None:
         return _by_heads(_exact, a, u, x_bar)
-    return _by_heads(lambda *arrays: _windowed(*arrays, block_size=block_size), a, u, x_bar)
+    solve = _windowed if lookback else _within_blocks
+    return _by_heads(lambda *arrays: solve(*arrays, block_size=block_size), a, u, x_bar)
 
 
 def gated_recurrence(
@@ -178,12 +180,24 @@ def _exact(a: Array, u: Array, x_bar: Array) -> dict:
     return {"x": x, "a": np.sum(du * previous_x, axis=-1), "u": du}
 
 
+def _blocks(array: Array, block_size: int) -> Array:
+    """[B, T, ...] -> [B, blocks, block_size, ...], the last one padded with zeros."""
+    padding = [(0, 0), (0, -array.shape[1] % block_size)] + [(0, 0)] * (array.ndim - 2)
+    padded = np.pad(array, padding)
+    return padded.reshape(array.shape[0], -1, block_size, *array.shape[2:])
+
+
+def _within_blocks(a: Array, u: Array, x_bar: Array, *, block_size: int) -> dict:
+    batch, time = a.shape[:2]
+    blocks = (_blocks(array, block_size) for array in (a, u, x_bar))
+    result = _exact(*(array.reshape(-1, *array.shape[2:]) for array in blocks))
+    return {
+        key: array.reshape(batch, -1, *array.shape[2:])[:, :time] for key, array in result.items()
+    }
+
+
 def _windowed(a: Array, u: Array, x_bar: Array, *, block_size: int) -> dict:
     batch, time = a.shape[:2]
-
-    def blocks(array: Array) -> Array:
-        padding = [(0, 0), (0, -time % block_size)] + [(0, 0)] * (array.ndim - 2)
-        return np.pad(array, padding).reshape(batch, -1, block_size, *array.shape[2:])
 
     def shifted(array: Array, by: int) -> Array:
         out = np.zeros_like(array)
@@ -200,7 +214,7 @@ def _windowed(a: Array, u: Array, x_bar: Array, *, block_size: int) -> dict:
     def whole(array: Array) -> Array:
         return array.reshape(batch, -1, *array.shape[3:])[:, :time]
 
-    a, u, x_bar = blocks(a), blocks(u), blocks(x_bar)
+    a, u, x_bar = (_blocks(array, block_size) for array in (a, u, x_bar))
     result = _exact(
         pairs(shifted(a, 1), a), pairs(shifted(u, 1), u), pairs(np.zeros_like(x_bar), x_bar)
     )

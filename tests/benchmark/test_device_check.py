@@ -1,5 +1,6 @@
 """Section `check`: it passes what is right, in every backend, and finds what is wrong."""
 
+import dataclasses
 import functools
 import re
 
@@ -10,6 +11,7 @@ import pytest
 
 from swr_jax.benchmark.device import check, platform
 from swr_jax.benchmark.records import Session
+from swr_jax.ops import reference as ref
 from swr_jax.ops import sliding_window_recurrence
 
 SMALL = check.Case((1, 18, 2, 8), gated=False, lookback=1, dtypes=("float32",))
@@ -40,6 +42,27 @@ def test_states_and_documents_pass(monkeypatch, gated, lookback):
     gradients = {"a", "v", "local"} | ({"b", "c"} if gated else set())
     gradients |= {"carriers"} if lookback else set()
     assert set(found["errors"]["forward+backward"]) == {"x"} | gradients
+
+
+def test_every_case_of_a_device_has_an_oracle():
+    """Those of the full sizes, cut down: nothing of them is left to be found out there."""
+    sizes = {}
+    for case in check.FULL.cases:
+        batch, tokens, heads, features = case.shape
+        shape = (batch, tokens % 97 + 20, min(heads, 3), min(features, 8))
+        small = dataclasses.replace(case, shape=shape, dtypes=("float32",), lane_order=False)
+        sizes[small] = check.draw(small)
+    for case, arrays in sizes.items():
+        expected = check.expect(case, arrays)
+        assert set(expected) >= {"x", *case.arguments}
+        for name in case.arguments:
+            assert expected[name].shape == arrays[name].shape
+        window = {"block_size": case.block_size, "lookback": case.lookback}
+        if case.packed:
+            continue  # Its oracle is the dense operator itself.
+        given = [arrays[name] for name in case.arguments]
+        dense = ref.gated_sliding_window_recurrence if case.gated else ref.sliding_window_recurrence
+        np.testing.assert_allclose(expected["x"], dense(*given, **window), atol=1e-12)
 
 
 def test_inputs_are_exact_in_both_low_precisions():

@@ -115,7 +115,7 @@ def test_targets_are_judged_at_the_headline_length_with_memory_kept():
 # Oracles of the benchmark, against those of the library
 
 
-@pytest.mark.parametrize("lookback", [1, None])
+@pytest.mark.parametrize("lookback", [0, 1, None])
 @pytest.mark.parametrize("tokens", [3, 16, 41])
 def test_linear_memory_gradients_equal_the_dense_ones(tokens, lookback):
     random = np.random.default_rng(tokens)
