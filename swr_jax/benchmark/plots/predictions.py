@@ -53,7 +53,6 @@ def tpu_baselines(record: dict, path: Path) -> None:
     figure, axes = plt.subplots(len(MODES), len(CHIPS), figsize=(13, 7.5), sharex=True, sharey=True)
     styles = {
         "associative_scan": ("tab:red", "D", "--"),
-        "associative_scan, features minor": ("tab:orange", "s", "--"),
         "row-by-row kernel": ("tab:purple", "v", "-."),
         "window kernel": ("tab:blue", "o", "-"),
         "exact kernel": ("tab:green", "^", ":"),
