@@ -61,12 +61,15 @@ def _cell(model: dict, condition: str, length: int, low: int, high: int) -> str:
     values = [accuracy(run, condition, length, low, high) for run in model["runs"]]
     if None in values:
         return "-"
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f})"
+    return " ".join(f"{value:.2f}" for value in values)
 
 
 def table(results: dict) -> str:
-    """Write two Markdown tables: the models whole, then with one path removed."""
+    """Write two Markdown tables: the models whole, then with one path removed.
+
+    A cell holds the accuracy of every seed: a run that has found a way to recall answers nearly
+    everything, another nearly nothing, so that a mean would describe neither.
+    """
     (short, long), (length, longer) = (results["setting"][k] for k in ("windows", "test_lengths"))
     near, far = (short, long - 1), (long, length - 1)
     whole = [
@@ -132,11 +135,11 @@ def draw(results: dict, path: Path) -> None:
             if not points:
                 continue
             names, values = [n for n, _ in points], [v for _, v in points]
+            for seed in zip(*values, strict=True):
+                axis.plot(names, seed, **style, linewidth=0.8, alpha=0.45)
             means = [statistics.mean(v) for v in values]
             label = label.format(short=short, long=long)
             axis.plot(names, means, marker="o", markersize=3, label=label, **style)
-            low, high = [min(v) for v in values], [max(v) for v in values]
-            axis.fill_between(names, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axis.axhline(1 / results["setting"]["pairs"], color="0.5", linewidth=0.8)
         axis.set_title(name, fontsize=10)
         axis.set_ylim(-0.03, 1.03)
@@ -149,9 +152,11 @@ def draw(results: dict, path: Path) -> None:
     for axis in axes[-1]:
         axis.set_xlabel("tokens from the value to the query", fontsize=9)
     figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=5
+        *axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5
     )
-    seeds = f"mean and range of {results['seeds']} seeds" if results["seeds"] > 1 else "one seed"
+    seeds = (
+        f"{results['seeds']} seeds (thin) and their mean" if results["seeds"] > 1 else "one seed"
+    )
     figure.suptitle(
         f"Recall of {results['setting']['pairs']} pairs after {results['steps']} updates, {seeds}; "
         "grey: one of the row's values, blindly",
