@@ -4,7 +4,7 @@
 
 Trains every model of `recall_study.VARIANTS` with several seeds, each run in a process on one core
 of its own, and tests it at both windows, whole and with one of its paths removed. A study that was
-cut off keeps its finished runs. Writes OUT/swax_recall.json and .png, and prints a table.
+cut off keeps its finished runs. Writes OUT/swax_recall_STEPS.json and .png, and prints a table.
 """
 
 import json
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 _OUT = flags.DEFINE_string("out", "experiments/results", "Folder of the results.")
 _RUNS = flags.DEFINE_string("runs", "runs/recall", "Folder of the runs themselves.")
-_STEPS = flags.DEFINE_integer("steps", 4000, "Updates of each run.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 2000, "Updates of each run.", lower_bound=1)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each model.", lower_bound=1)
 _ONLY = flags.DEFINE_string("only", "", "Regular expression for names of the models to run.")
 _WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0: one for each core.")
@@ -88,8 +88,9 @@ def main(_: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     # Thousands of numbers: those that belong together on one line.
     text = re.sub(r"{[^{}]*}", lambda m: " ".join(m[0].split()), json.dumps(results, indent=1))
-    (out / "swax_recall.json").write_text(text + "\n")
-    draw(results, out / "swax_recall.png")
+    stem = out / f"swax_recall_{_STEPS.value}"
+    stem.with_suffix(".json").write_text(text + "\n")
+    draw(results, stem.with_suffix(".png"))
     print(table(results))
 
 
