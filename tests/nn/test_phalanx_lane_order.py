@@ -1,4 +1,4 @@
-"""Phalanx on a TPU, simulated: projections write what the kernel reads, and nothing else changes."""
+"""Phalanx on a TPU, simulated: projections write what the kernel reads; nothing else changes."""
 
 import jax
 import jax.numpy as jnp
