@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import comparison
+import comparison_windows
+import recall_report
 from absl import app, flags
 
 from swr_jax.benchmark import predictions, tpu_baselines
@@ -168,6 +170,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "tpu_baselines": against_scans,
     "compare_mixers": lambda: comparison.table(read("compare_mixers")),
     "compare_ablations": lambda: comparison.table(read("compare_ablations")),
+    "swax_recall": lambda: recall_report.table(read("swax_recall_2000")),
+    "compare_windows": lambda: comparison_windows.table(read("compare_windows")),
     "cpu_recurrence": cpu_recurrence,
     "cpu_copy": cpu_copy,
     "cpu_layers": cpu_layers,
