@@ -3,9 +3,8 @@
 The reference shape is B 8, T 8192, H 128, D 16, bf16. `python -m pallas_kernels.targets
 --chip=h100` compiles every entry of the chip's platform and holds it to its budget.
 
-A backend lists its kernels in a function `entries() -> tuple[Entry, ...]`: Mosaic GPU's in
-`pallas_kernels/swr/entries_gpu.py`, Mosaic TPU's in `pallas_kernels/swr/entries_tpu.py`. For
-example
+A backend lists its kernels in a function `entries() -> tuple[Entry, ...]` of a module in
+`_MODULES`. For example
 
     def entries():
         def build(chip):  # chip: pallas_kernels.targets.Chip, to choose a tuning by chip.name
@@ -36,7 +35,6 @@ is what `trip_counts` has to match.
 
 import dataclasses
 import importlib
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,7 +56,10 @@ __all__ = ["Budget", "Entry", "Launch", "check", "default_budget", "entries"]
 
 BATCH, TIME, HEADS, FEATURES = 8, 8192, 128, 16
 
-_BACKENDS = ("entries_gpu", "entries_tpu")  # modules of pallas_kernels.swr
+_MODULES = (
+    "pallas_kernels.swr.entries_gpu",
+    "pallas_kernels.swr.entries_tpu",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +96,9 @@ class Entry:
 
 def entries() -> tuple[Entry, ...]:
     """All entries of all backends that exist."""
-    if importlib.util.find_spec("pallas_kernels.swr") is None:
-        return ()
-    modules = [f"pallas_kernels.swr.{backend}" for backend in _BACKENDS]
-    present = [module for module in modules if importlib.util.find_spec(module) is not None]
-    return tuple(entry for module in present for entry in importlib.import_module(module).entries())
+    return tuple(
+        entry for module in _MODULES for entry in importlib.import_module(module).entries()
+    )
 
 
 def check(

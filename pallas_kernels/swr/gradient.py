@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.swr.distribution import distributed
+from pallas_kernels.distribution import distributed
 
 Array = jax.Array
 
