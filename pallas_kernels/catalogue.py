@@ -73,6 +73,7 @@ class Entry:
             of pytrees of `jax.ShapeDtypeStruct`. Called once per chip, without a device.
         bytes_minimum: inputs read once + outputs written once, in bytes, over the whole call.
         bytes_moved: bytes that the call moves to and from HBM. None: from the BlockSpecs (TPU).
+        matrix_flops: operations of its matrix products, two for a multiplication and addition.
         launches: one per kernel of the call; () on a TPU where nothing need be said.
         chips: names of chips that this entry is for; None: all of the platform.
         budget: what it may take on a chip, `Budget`.
@@ -83,6 +84,7 @@ class Entry:
     build: Callable[[Chip], tuple[Callable[..., Any], tuple[Any, ...]]]
     bytes_minimum: int
     bytes_moved: int | None = None
+    matrix_flops: int = 0
     launches: tuple[Launch, ...] = ()
     chips: tuple[str, ...] | None = None
     budget: Callable[[Chip], Budget] = default_budget
@@ -128,6 +130,7 @@ def check(
             launches=entry.launches,
             bytes_moved=entry.bytes_moved,
             bytes_minimum=entry.bytes_minimum,
+            matrix_flops=entry.matrix_flops,
             name=entry.name,
             dumps=None if dumps is None else dumps / chip.name / entry.name.replace("/", "-"),
         )

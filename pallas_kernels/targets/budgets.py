@@ -16,6 +16,8 @@ class Budget:
         bytes_ratio: bytes moved over the least that the function must move.
         bytes_in_flight: GPU only: bytes of loads under way per SM, at least.
         issue_ratio: predicted issue time over predicted memory time.
+        floor_ratio: predicted time over the floor, the larger of the least bytes' and the matrix
+            products' time.
         vmem_bytes: TPU only: VMEM of one kernel.
     """
 
@@ -23,6 +25,7 @@ class Budget:
     bytes_ratio: float | None = 1.15
     bytes_in_flight: int | None = None
     issue_ratio: float | None = None
+    floor_ratio: float | None = None
     vmem_bytes: int | None = None
 
 
@@ -44,6 +47,9 @@ def broken_budgets(report: TargetReport, budget: Budget) -> list[str]:
 
     at_most("bytes moved over the minimum:", report.bytes_ratio, budget.bytes_ratio)
     at_most("issue time over memory time:", report.issue_ratio, budget.issue_ratio)
+    if budget.floor_ratio is not None:
+        ratio = None if report.seconds is None else report.seconds / report.floor_seconds
+        at_most("predicted time over the floor:", ratio, budget.floor_ratio)
     for kernel in report.kernels:
         at_most(f"spills of {kernel.name}:", kernel.spills, budget.spill)
         if isinstance(kernel, TpuKernel):

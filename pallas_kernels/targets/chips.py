@@ -5,7 +5,8 @@ TensorCores is a device with half of the memory bandwidth.
 
 Sources
     GPUs: NVIDIA's data sheets and the CUDA programming guide's table of compute capabilities. The
-    clock is the boost clock behind the data sheets' FP32 figures (SMs x 256 x clock).
+    clock is the boost clock behind the data sheets' FP32 figures (SMs x 256 x clock). Matrix rates
+    are those without sparsity.
     TPUs: Google Cloud's "system architecture" pages; clocks follow from the peak bf16 rate there
     and what the matrix units do in a cycle: 2·128² operations each on v4 to v5p (275 TFLOP/s of a
     v4 = 8 units x 2·128² x clock), and 8·256² in all on a TensorCore of v6e and tpu7x, which is
@@ -29,6 +30,8 @@ class Chip:
         topology: smallest topology that the compiler accepts for it.
         configuration: TPU: libtpu's name of how a chip's cores are used; "": its default.
         hbm_bytes_per_second: peak bandwidth of the device's memory.
+        matrix_flops_per_second: peak of its matrix units on dense bf16 operands, a multiplication
+            and an addition being two.
         clock_hz: clock of the SMs or TensorCores.
         cores: SMs, or TensorCores that share the device.
         vmem_bytes: TPU: VMEM of one TensorCore.
@@ -46,6 +49,7 @@ class Chip:
     platform: str
     topology: str
     hbm_bytes_per_second: float
+    matrix_flops_per_second: float
     clock_hz: float
     cores: int
     configuration: str = ""
@@ -89,6 +93,7 @@ _GPUS = (
         platform="gpu",
         topology="1x1x1",
         hbm_bytes_per_second=3.35232e12,
+        matrix_flops_per_second=9.894e14,
         clock_hz=1.98e9,
         cores=132,
         compute_capability=(9, 0),
@@ -101,6 +106,7 @@ _GPUS = (
         platform="gpu",
         topology="1x1x1",
         hbm_bytes_per_second=4.8e12,
+        matrix_flops_per_second=9.894e14,
         clock_hz=1.98e9,
         cores=132,
         compute_capability=(9, 0),
@@ -113,6 +119,7 @@ _GPUS = (
         platform="gpu",
         topology="1x1x1",
         hbm_bytes_per_second=8e12,
+        matrix_flops_per_second=2.25e15,
         clock_hz=1.965e9,
         cores=148,
         compute_capability=(10, 0),
@@ -122,11 +129,11 @@ _GPUS = (
     ),
 )
 _TPUS = (
-    Chip("v4", "tpu", "v4:2x2x1", 1.2e12, 1.05e9, 2, "megacore", 16 * MIB, 16 * MIB),
-    Chip("v5e", "tpu", "v5e:2x2", 8.19e11, 1.5e9, 1, "", 128 * MIB, 16 * MIB),
-    Chip("v5p", "tpu", "v5p:2x2x1", 2.765e12, 1.75e9, 2, "", 64 * MIB, 16 * MIB),
-    Chip("v6e", "tpu", "v6e:2x2", 1.64e12, 1.75e9, 1, "", 128 * MIB, 32 * MIB),
-    Chip("tpu7x", "tpu", "tpu7x:2x2x1", 3.69e12, 2.2e9, 1, "", 64 * MIB, 32 * MIB),
+    Chip("v4", "tpu", "v4:2x2x1", 1.2e12, 2.75e14, 1.05e9, 2, "megacore", 16 * MIB, 16 * MIB),
+    Chip("v5e", "tpu", "v5e:2x2", 8.19e11, 1.97e14, 1.5e9, 1, "", 128 * MIB, 16 * MIB),
+    Chip("v5p", "tpu", "v5p:2x2x1", 2.765e12, 4.59e14, 1.75e9, 2, "", 64 * MIB, 16 * MIB),
+    Chip("v6e", "tpu", "v6e:2x2", 1.64e12, 9.18e14, 1.75e9, 1, "", 128 * MIB, 32 * MIB),
+    Chip("tpu7x", "tpu", "tpu7x:2x2x1", 3.69e12, 1.1535e15, 2.2e9, 1, "", 64 * MIB, 32 * MIB),
 )
 
 CHIPS: dict[str, Chip] = {chip.name: chip for chip in _GPUS + _TPUS}

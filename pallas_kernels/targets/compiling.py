@@ -61,6 +61,7 @@ def compile_for(
     launches: Sequence[Launch] = (),
     bytes_moved: int | None = None,
     bytes_minimum: int | None = None,
+    matrix_flops: int = 0,
     name: str | None = None,
     dumps: Path | None = None,
 ) -> TargetReport:
@@ -74,6 +75,7 @@ def compile_for(
         launches: what the compiled text does not say; see `Launch`.
         bytes_moved: bytes that `fn` moves to and from HBM; None: see `TargetReport`.
         bytes_minimum: the least that it must move; None: arguments once and outputs once.
+        matrix_flops: operations of its matrix products.
         name: what the report calls it; None: the function's name.
         dumps: folder that the compiler's texts of the kernels are copied to.
 
@@ -120,6 +122,7 @@ def compile_for(
         bytes_moved=bytes_moved,
         bytes_minimum=least if bytes_minimum is None else bytes_minimum,
         memory_seconds=None if bytes_moved is None else bytes_moved / chip.hbm_bytes_per_second,
+        matrix_flops=matrix_flops,
         issue_seconds=issue,
         xla_seconds=cycles / chip.clock_hz,
     )

@@ -27,6 +27,8 @@ class TargetReport:
             GPU where nothing was declared, arguments once and outputs once. None: unknown.
         bytes_minimum: declared; else arguments once and outputs once.
         memory_seconds: bytes_moved / peak HBM bandwidth.
+        matrix_flops: declared: operations of the matrix products, two for a multiplication and
+            addition.
         issue_seconds: of all calls of all kernels; None: trip counts of a loop are unknown.
         xla_seconds: the compiler's estimate for the other operations; 0 on a GPU.
     """
@@ -42,22 +44,38 @@ class TargetReport:
     bytes_moved: int | None
     bytes_minimum: int
     memory_seconds: float | None
+    matrix_flops: int
     issue_seconds: float | None
     xla_seconds: float
 
     @property
+    def matrix_seconds(self) -> float:
+        """Time of the matrix products at the matrix units' peak."""
+        return self.matrix_flops / self.chip.matrix_flops_per_second
+
+    @property
+    def floor_seconds(self) -> float:
+        """The larger of the least bytes at peak bandwidth and of the matrix products."""
+        return max(self.bytes_minimum / self.chip.hbm_bytes_per_second, self.matrix_seconds)
+
+    @property
     def bound(self) -> str | None:
-        """What the prediction is limited by: "memory" or "issue"; None: a part is unknown."""
+        """What limits the prediction: "memory", "matrix" or "issue"; None: a part is unknown."""
         if self.memory_seconds is None or self.issue_seconds is None:
             return None
-        return "memory" if self.memory_seconds >= self.issue_seconds else "issue"
+        times = {
+            "memory": self.memory_seconds,
+            "issue": self.issue_seconds,
+            "matrix": self.matrix_seconds,
+        }
+        return max(times, key=times.__getitem__)
 
     @property
     def seconds(self) -> float | None:
-        """Predicted time: the larger of memory and issue, and XLA's own operations."""
+        """Predicted time: the largest of memory, matrix and issue, and XLA's own operations."""
         if self.memory_seconds is None or self.issue_seconds is None:
             return None
-        return max(self.memory_seconds, self.issue_seconds) + self.xla_seconds
+        return max(self.memory_seconds, self.issue_seconds, self.matrix_seconds) + self.xla_seconds
 
     @property
     def issue_ratio(self) -> float | None:
@@ -73,14 +91,13 @@ class TargetReport:
 
     @property
     def roofline_fraction(self) -> float | None:
-        """Time of the least bytes at peak bandwidth over the predicted time."""
-        if self.seconds is None:
-            return None
-        return self.bytes_minimum / self.chip.hbm_bytes_per_second / self.seconds
+        """The floor over the predicted time."""
+        return None if self.seconds is None else self.floor_seconds / self.seconds
 
     def to_json(self) -> dict[str, Any]:
         """The report as nested dicts and lists of plain values, predictions included."""
         derived = ("bound", "seconds", "issue_ratio", "bytes_ratio", "roofline_fraction")
+        derived += ("matrix_seconds", "floor_seconds")
         return _plain(self) | {name: getattr(self, name) for name in derived}
 
 
@@ -144,7 +161,7 @@ def table(reports: Sequence[TargetReport]) -> str:
 
 _COLUMNS = (
     "function", "chip", "registers|VMEM", "spills", "shared", "CTAs/SM", "in flight",
-    "MB moved", "/minimum", "memory us", "issue us", "bound", "roofline", "beside",
+    "MB moved", "/minimum", "memory us", "matrix us", "issue us", "bound", "roofline", "beside",
 )  # fmt: skip
 
 
@@ -157,6 +174,7 @@ def _row(report: TargetReport, kernels: Sequence[GpuKernel | TpuKernel]) -> tupl
         _number(report.bytes_moved, 1e-6, 1),
         _number(report.bytes_ratio, 1, 3),
         _number(report.memory_seconds, 1e6, 1),
+        _number(report.matrix_seconds, 1e6, 1),
         _number(report.issue_seconds, 1e6, 1),
         report.bound or "?",
         _number(report.roofline_fraction, 1, 2),
@@ -174,6 +192,7 @@ def _kernel_row(kernel: GpuKernel | TpuKernel) -> tuple[str, ...]:
         "" if moved is None else _number(moved, 1e-6, 1),
         "",
         "" if memory is None else _number(memory, 1e6, 1),
+        "",
         _number(kernel.issue_seconds, 1e6, 1),
         "",
         "",

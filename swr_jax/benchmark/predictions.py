@@ -1,8 +1,9 @@
 """Predictions for chips that are not here, as a table.
 
 A kernel's floor is the time in which the chip's memory, at its full bandwidth, moves the inputs
-once and the outputs once. Its memory time is that of the bytes that it really moves, its issue time
-what the scheduled instructions take; the larger of the two is the prediction.
+once and the outputs once, or that of its matrix products at the matrix units' peak, if that is
+more. Its memory time is that of the bytes that it really moves, its issue time what the scheduled
+instructions take; the largest of the three times is the prediction.
 """
 
 from collections.abc import Sequence
@@ -37,8 +38,10 @@ def table(reports: Sequence[dict]) -> str:
 
 
 def floor(report: dict) -> float:
-    """Seconds in which the chip's memory moves the least that must be moved."""
-    return report["bytes_minimum"] / report["chip"]["hbm_bytes_per_second"]
+    """Seconds in which the chip moves the least that must be moved, and multiplies matrices."""
+    memory = report["bytes_minimum"] / report["chip"]["hbm_bytes_per_second"]
+    # Records of kernels without matrix products need not have the figure.
+    return max(memory, report.get("matrix_seconds", 0.0))
 
 
 def spills(report: dict) -> int:

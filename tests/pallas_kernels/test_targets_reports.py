@@ -170,6 +170,7 @@ def report(**changes):
         "bytes_moved": 33_523_200,
         "bytes_minimum": 32_000_000,
         "memory_seconds": 1e-5,
+        "matrix_flops": 0,
         "issue_seconds": 6e-6,
         "xla_seconds": 0.0,
     }
@@ -184,6 +185,18 @@ def test_the_bound_is_the_larger_of_memory_and_issue():
     assert by_memory.roofline_fraction == pytest.approx(32e6 / 3.35232e12 / 1e-5)
     assert report(xla_seconds=1e-5).seconds == pytest.approx(2e-5)
     assert report(issue_seconds=None).bound is None
+
+
+def test_matrix_products_can_be_the_bound_and_the_floor():
+    multiplied = report(matrix_flops=19_788_000_000)  # 20 us at 989.4 TFLOP/s
+
+    assert (multiplied.bound, multiplied.seconds) == ("matrix", pytest.approx(2e-5))
+    assert multiplied.floor_seconds == pytest.approx(2e-5)
+    assert report().floor_seconds == pytest.approx(32e6 / 3.35232e12)
+    budget = targets.Budget(floor_ratio=1.04)
+    assert targets.broken_budgets(multiplied, budget) == []
+    (message,) = targets.broken_budgets(report(), budget)
+    assert message == "predicted time over the floor: 1.048, may be 1.040"
 
 
 def test_json_holds_what_the_report_says():
