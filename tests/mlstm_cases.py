@@ -149,7 +149,8 @@ def expect_terms(problem: Problem, **options) -> dict[str, np.ndarray]:
     """
     terms = expect(problem, through_normalizer=False, **options)
     terms["di"] = terms["df"] = np.abs(terms["dk"] * problem.inputs[1]).sum(axis=-1)
-    terms["dstabilizer"] = np.abs(terms["dmemory"] * problem.state.memory).sum(axis=(-2, -1))
+    if "dmemory" in terms:
+        terms["dstabilizer"] = np.abs(terms["dmemory"] * problem.state.memory).sum(axis=(-2, -1))
     return terms
 
 

@@ -1,0 +1,1 @@
+"""Kernels of the chunkwise mLSTM: one module per backend, and what they share."""

@@ -1,0 +1,188 @@
+"""What every backend's entry point is made of: its two passes as one differentiable function."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.distribution import distributed
+from pallas_kernels.mlstm.gates import gradient, prepare
+
+Array = jax.Array
+# C [B, H, Dk, Dv], n [B, H, Dk], m [B, H]: what they stand for is e^m C and e^m n.
+State = tuple[Array, Array, Array]
+
+_STATE = ("bhkd", "bhk", "bh")
+_ARGUMENTS = ("bthk", "bthk", "bthd", "bth", "bth", *_STATE)
+
+
+class Options(NamedTuple):
+    """What a compiled kernel depends on.
+
+    Attributes:
+        chunk: tokens of a chunk, L.
+        stabilized: whether stabilizers follow the gates, or stay 0, which needs log i <= 0.
+        normalized: whether outputs are divided by max(|d|, exp(-m)).
+        config: the backend's `TuningConfig`.
+    """
+
+    chunk: int
+    stabilized: bool
+    normalized: bool
+    config: Any
+
+
+def differentiable(forward: Callable, backward: Callable, *, automatic: bool) -> Callable:
+    """Return solve(options, q, k, v, log_i, log_f, state) -> (h, state), spread over devices.
+
+    q, k [B, T, H, Dk] and v [B, T, H, Dv] are of any T, which is padded to whole chunks; log_i and
+    log_f [B, T, H] and the state are float32. The gradient is exact for all of them; it repeats
+    the forward pass, so that nothing is saved but the arguments.
+
+    Args:
+        forward: takes (options, q, k, v, rows, carry, C, n), the third and second last as `Gates`
+            has them, to h, C, n.
+        backward: takes the same and the cotangents of h, C, n to those of q, k, v, of the rows
+            (as `gates.gradient` takes them), of log carry, and of C, n.
+        automatic: whether the compiler may split the call over batch and heads.
+    """
+
+    def run_forward(options, *arguments):
+        q, k, v, log_i, log_f, memory, normalizer, stabilizer = arguments
+        gates = _prepare(options, q, log_i, log_f, stabilizer)
+        time = q.shape[1]
+        q, k, v = (_pad(x, options.chunk) for x in (q, k, v))
+        h, memory, normalizer = forward(
+            options, q, k, v, gates.rows, gates.carry, memory, normalizer
+        )
+        return h[:, :time], memory, normalizer, gates.stabilizer
+
+    def run_backward(options, *arguments):
+        q, k, v, log_i, log_f, memory, normalizer, stabilizer = arguments[:8]
+        dh, dmemory, dnormalizer, dstabilizer = arguments[8:]
+        gates = _prepare(options, q, log_i, log_f, stabilizer)
+        time = q.shape[1]
+        q, k, v, dh = (_pad(x, options.chunk) for x in (q, k, v, dh))
+        dq, dk, dv, drows, dcarry, dmemory, dnormalizer = backward(
+            options,
+            *(q, k, v, gates.rows, gates.carry, memory, normalizer),
+            *(dh, dmemory, dnormalizer),
+        )
+        dlog_i, dlog_f, dstabilizer = gradient(gates, drows, dcarry, dstabilizer, time)
+        return (
+            *(x[:, :time] for x in (dq, dk, dv)),
+            dlog_i,
+            dlog_f,
+            dmemory,
+            dnormalizer,
+            dstabilizer,
+        )
+
+    def run(function, arguments, axes, results):
+        return distributed(function, arguments, axes, results, automatic=automatic)
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def solve(options: Options, q, k, v, log_i, log_f, state: State) -> tuple[Array, State]:
+        given = (q, k, v, log_i, log_f, *state)
+        pass_ = functools.partial(run_forward, options)
+        h, *state = run(pass_, given, _ARGUMENTS, ("bthd", *_STATE))
+        return h, tuple(state)
+
+    def solve_forward(options, *arguments):
+        h, state = solve(options, *arguments)
+        return (h, state), (arguments, state if options.stabilized else None)
+
+    def solve_backward(options, residuals, cotangents):
+        (*arrays, state), final = residuals
+        dh, dstate = cotangents
+        # h does not depend on m, which is a constant wherever it only keeps numbers in range. As a
+        # factor of the returned state, e^-m, it has a derivative, and as what is returned.
+        dm = jnp.zeros_like(state[2])
+        if final is not None:
+            dm = dstate[2] - _inner(dstate, final)
+        pass_ = functools.partial(run_backward, options)
+        given = (*arrays, *state, dh, *dstate[:2], dm)
+        axes = (*_ARGUMENTS, "bthd", *_STATE)
+        *gradients, dmemory, dnormalizer, dm = run(pass_, given, axes, _ARGUMENTS)
+        dstate = (dmemory, dnormalizer, dm)
+        return *gradients, (dmemory, dnormalizer, dm + _inner(dstate, state))
+
+    solve.defvjp(solve_forward, solve_backward)
+    return solve
+
+
+def entry_point(
+    forward: Callable,
+    backward: Callable,
+    chunk_length: Callable[..., int],
+    default: Any,
+    *,
+    automatic: bool,
+) -> Callable:
+    """Return chunkwise(q, k, v, log_i, log_f, state, *, ...) -> (h, state) of a backend.
+
+    Args:
+        forward, backward, automatic: as `differentiable` takes them.
+        chunk_length: takes (chunk_size, time, q_dim, v_dim, dtype, config) to the length of a
+            chunk that is nearest to what is wished for.
+        default: the `TuningConfig` where a call names none.
+    """
+    solve = differentiable(forward, backward, automatic=automatic)
+
+    def chunkwise(
+        q: Array,
+        k: Array,
+        v: Array,
+        log_i: Array,
+        log_f: Array,
+        state: State,
+        *,
+        chunk_size: int,
+        stabilized: bool,
+        normalized: bool,
+        config: Any = None,
+    ) -> tuple[Array, State]:
+        """Return the outputs of an mLSTM and its state after the last token.
+
+        Args:
+            q, k: [B, T, H, Dk], not scaled; v: [B, T, H, Dv]; all of one dtype.
+            log_i, log_f: logarithms of the gates [B, T, H], float32; log f at most 0, and -inf at
+                a reset.
+            state: C [B, H, Dk, Dv], n [B, H, Dk], m [B, H] before the first token, float32.
+            chunk_size: tokens of a chunk, where the kernel has such chunks; changes no result.
+            stabilized, normalized: see `Options`.
+            config: the backend's `TuningConfig`; None: the default.
+
+        Raises:
+            NotImplementedError: a dtype or size that the kernel does not have.
+        """
+        config = default if config is None else config
+        chunk = chunk_length(chunk_size, q.shape[1], q.shape[-1], v.shape[-1], q.dtype, config)
+        options = Options(chunk, stabilized, normalized, config)
+        return solve(options, q, k, v, log_i, log_f, state)
+
+    return chunkwise
+
+
+def _prepare(options, q, log_i, log_f, stabilizer):
+    return prepare(
+        log_i,
+        log_f,
+        stabilizer,
+        chunk=options.chunk,
+        stabilized=options.stabilized,
+        normalized=options.normalized,
+        q_dim=q.shape[-1],
+    )
+
+
+def _pad(x: Array, chunk: int) -> Array:
+    pad = -x.shape[1] % chunk
+    return jnp.pad(x, [(0, 0), (0, pad), (0, 0), (0, 0)]) if pad else x
+
+
+def _inner(x: State, y: State) -> Array:
+    """<C_x, C_y> + <n_x, n_y>, [B, H]."""
+    return jnp.sum(x[0] * y[0], axis=(-2, -1)) + jnp.sum(x[1] * y[1], axis=-1)
