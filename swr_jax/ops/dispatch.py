@@ -1,7 +1,7 @@
 """Which implementations the device at hand has, and which of them a call may use."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -68,3 +68,18 @@ def candidates(implementation: str | None) -> tuple[str, ...]:
             f"{list(names)}"
         )
     return (implementation,)
+
+
+def by_first_able[Result](names: Sequence[str], call: Callable[[str], Result]) -> Result:
+    """Return call(name) of the first implementation that covers the case.
+
+    Raises:
+        NotImplementedError: none does; says why, of each.
+    """
+    refusals = []
+    for name in names:
+        try:
+            return call(name)
+        except NotImplementedError as error:
+            refusals.append(f"{name}: {error}")
+    raise NotImplementedError("; ".join(refusals))

@@ -15,7 +15,7 @@ from pallas_kernels.swr.lane_order import fits, from_lane_order, to_lane_order
 from swr_jax.ops import validation
 from swr_jax.ops.dispatch import target
 from swr_jax.ops.recurrence import reset_decays
-from swr_jax.ops.sharded import Split, over_mesh, split_of
+from swr_jax.ops.sharded import Split, over_mesh, reach_of, split_of
 
 __all__ = ["is_read_here", "recurrence_in_lane_order", "to_lane_order"]
 
@@ -52,7 +52,7 @@ def is_read_here(
 
 
 def _split_of(shape, block_size: int, lookback: int | None) -> Split | None:
-    return split_of(*shape[:3], block_size=block_size, lookback=lookback)
+    return split_of(*shape[:3], reach=reach_of(block_size, lookback))
 
 
 def recurrence_in_lane_order(

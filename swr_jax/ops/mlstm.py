@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from swr_jax.ops import mlstm_chunkwise as xla
 from swr_jax.ops import mlstm_state as validation
-from swr_jax.ops.dispatch import candidates
+from swr_jax.ops.dispatch import by_first_able, candidates
+from swr_jax.ops.mlstm_chunkwise import Options, State, lower_bound
+from swr_jax.ops.mlstm_evaluation import evaluate
+from swr_jax.ops.mlstm_sharded import over_mesh
 from swr_jax.ops.mlstm_state import MLSTMState
+from swr_jax.ops.sharded import split_of
 
 Array = jax.Array
-
-# By the names of dispatch.py: those of them that this operator has.
-_IMPLEMENTATIONS = {"xla": xla.chunkwise}
 
 
 def mlstm(
@@ -72,7 +72,8 @@ def mlstm(
         segment_ids: integers [B, T]; where they change from one token to the next the forget gate
             is exactly 0. The first token continues `initial_state` in any case.
         return_state: also return the state after the last token.
-        implementation: "xla", or None for the best one that the device has.
+        implementation: None for the best that the device has, or "xla", "mosaic_gpu" or
+            "mosaic_tpu", which then never falls back on another.
 
     Returns:
         h [B, T, H, Dv] in v's dtype; with `return_state`, the pair (h, MLSTMState), whose fields
@@ -81,6 +82,7 @@ def mlstm(
     Raises:
         ValueError: a rank, size, dtype or option that the above rules out, or an implementation
             that does not exist or that the device lacks.
+        NotImplementedError: the implementation that is named does not cover the case.
         TypeError: forward-mode differentiation (from JAX).
     """
     validation.check_options(chunk_size, input_gate, normalize)
@@ -98,14 +100,18 @@ def mlstm(
     log_i, log_f = _log_gates(i, f, input_gate, dtype)
     if segment_ids is not None:
         log_f = reset_gates(log_f, segment_ids)
-    options = xla.Options(chunk_size, input_gate == "exp", normalize, dtype)
+    options = Options(chunk_size, input_gate == "exp", normalize, dtype)
+    names = candidates(implementation)
 
-    evaluate = _IMPLEMENTATIONS[_choose(implementation)]
-    start = _enter(state, input_gate, dtype)
-    h, (memory, normalizer, stabilizer) = evaluate(
-        options, *_varying_alike(q, k, v, log_i, log_f, xla.State(*start))
-    )
-    return (h, MLSTMState(memory, normalizer, stabilizer)) if return_state else h
+    def evaluated(*arguments):
+        arguments = _varying_alike(*arguments)
+        return by_first_able(names, lambda name: evaluate(name, options, *arguments))
+
+    if initial_state is None and not return_state and (split := split_of(*q.shape[:3])):
+        return over_mesh(evaluated, options, split, q, k, v, log_i, log_f)
+    start = State(*_enter(state, input_gate, dtype))
+    h, last = evaluated(q, k, v, log_i, log_f, start)
+    return (h, MLSTMState(*last)) if return_state else h
 
 
 def mlstm_step(
@@ -162,7 +168,7 @@ def mlstm_step(
     h = product("bhk,bhkv->bhv", q, memory)
     if normalize:
         denominator = jnp.abs(product("bhk,bhk->bh", q, normalizer))
-        floor = xla.lower_bound(constant)
+        floor = lower_bound(constant)
         h = h / jnp.where(denominator > floor, denominator, floor)[..., None]
 
     # As a factor of the returned state, 1, m has its derivative again.
@@ -206,17 +212,6 @@ def _enter(state: MLSTMState, input_gate: str, dtype: jnp.dtype) -> tuple[Array,
         return memory, normalizer, m
     scale = jnp.exp(m)
     return scale[..., None, None] * memory, scale[..., None] * normalizer, jnp.zeros_like(m)
-
-
-def _choose(implementation: str | None) -> str:
-    """Return the name of the implementation to use."""
-    for name in candidates(implementation):
-        if name in _IMPLEMENTATIONS:
-            return name
-    raise ValueError(
-        f"{implementation=}: the mLSTM has none of that name; must be None or one of "
-        f"{sorted(_IMPLEMENTATIONS)}"
-    )
 
 
 def _varying_alike(*arguments):

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from swr_jax.ops import validation
-from swr_jax.ops.dispatch import candidates
+from swr_jax.ops.dispatch import by_first_able, candidates
 from swr_jax.ops.evaluation import evaluate
-from swr_jax.ops.sharded import over_mesh, split_of
+from swr_jax.ops.sharded import over_mesh, reach_of, split_of
 from swr_jax.ops.state import RecurrenceState
 
 Array = jax.Array
@@ -225,29 +225,24 @@ def _recurrence(
     names = candidates(implementation)
 
     def evaluated(a, v, gates, initial_state):
-        refusals = []
-        for name in names:
-            try:
-                return evaluate(
-                    name,
-                    a,
-                    v,
-                    gates,
-                    block_size=block_size,
-                    lookback=lookback,
-                    initial_state=initial_state,
-                    return_state=return_state,
-                    dtype=dtype,
-                )
-            except NotImplementedError as error:
-                refusals.append(f"{name}: {error}")
-        raise NotImplementedError("; ".join(refusals))
+        call = functools.partial(
+            evaluate,
+            a=a,
+            v=v,
+            gates=gates,
+            block_size=block_size,
+            lookback=lookback,
+            initial_state=initial_state,
+            return_state=return_state,
+            dtype=dtype,
+        )
+        return by_first_able(names, call)
 
     window = {"block_size": block_size, "lookback": lookback}
     split = None
     if initial_state is None and not return_state:
         split_heads = v.shape[2] if gates is None else gates[0].shape[2]
-        split = split_of(*v.shape[:2], split_heads, **window)
+        split = split_of(*v.shape[:2], split_heads, reach=reach_of(**window))
     if split is None:
         out, state = evaluated(a, v, gates, initial_state)
         return (out, state) if return_state else out

@@ -43,14 +43,12 @@ class Split(NamedTuple):
         return jax.P(self.batch, SEQUENCE_AXIS if self.sequence > 1 else None, self.heads)
 
 
-def split_of(
-    batch: int, time: int, heads: int, *, block_size: int, lookback: int | None
-) -> Split | None:
+def split_of(batch: int, time: int, heads: int, *, reach: int = 1) -> Split | None:
     """Return how the mesh in context splits a call, or None where it does not.
 
     `heads` counts what may be split: gate heads, where heads share gates. An axis that does not
-    divide what it would split is left out. So is the sequence's where a window would reach past
-    the neighbour's part.
+    divide what it would split is left out. So is the sequence's where a part would be shorter than
+    `reach`, the tokens that a device must know of its left neighbour's.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
@@ -65,12 +63,16 @@ def split_of(
         return found
 
     parts = mesh.shape.get(SEQUENCE_AXIS, 1)
-    reach = 1 if lookback is None else (lookback + 1) * block_size
     if time % parts or time // parts < reach:
         parts = 1
     split = Split(mesh, dividing(BATCH_AXES, batch), dividing(HEAD_AXES, heads), parts)
     sizes = (mesh.shape[name] for name in (*split.batch, *split.heads))
     return split if math.prod(sizes) * parts > 1 else None
+
+
+def reach_of(block_size: int, lookback: int | None) -> int:
+    """Return how many of a device's last tokens its right neighbour's may see."""
+    return 1 if lookback is None else (lookback + 1) * block_size
 
 
 def over_mesh(
@@ -101,7 +103,7 @@ def over_mesh(
         state = None
         if split.sequence > 1:
             # Of a window, no more than the last tokens matter.
-            last = slice(None) if lookback is None else slice(-(lookback + 1) * block_size, None)
+            last = slice(None if lookback is None else -reach_of(block_size, lookback), None)
             inputs = (v,) if gates is None else (gates[0], v)
             factors = tuple(x[:, last] for x in inputs)
             if by_heads is not None:

@@ -1,31 +1,17 @@
 """Recurrences over a mesh: what each device computes, and what travels between them."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
+from mesh_cases import collectives, mesh_of
 from recurrence_cases import assert_close, draw
 
 from swr_jax import gated_sliding_window_recurrence, nn, sliding_window_recurrence
 from swr_jax.ops import reference as ref
 
 FLOAT32 = 1e-6
-AXES = ("data", "fsdp", "tensor", "sequence")
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-
-
-def mesh_of(*sizes):
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 4)
-
-
-def collectives(text):
-    """How many of each kind a compiled program has; those that it has none of are left out."""
-    counts = {name: len(re.findall(rf"\b{name}(?:-start)?\(", text)) for name in COLLECTIVES}
-    return {name: count for name, count in counts.items() if count}
 
 
 def gradients(window, a, b, c, v, y_bar):
