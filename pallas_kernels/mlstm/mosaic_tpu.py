@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mlstm.gradient import entry_point
 from pallas_kernels.mlstm.mosaic_tpu_kernels import (
     Plan,
     Scratch,
@@ -54,7 +55,7 @@ def chunk_length(
     longest = min(config.longest_chunk, chunk_size, pl.cdiv(time, LANES) * LANES)
     itemsize = 2 if dtype == jnp.bfloat16 else 4
     sizes = _padded(q_dim), _padded(v_dim)
-    while 2 * length <= longest and _vmem_bytes(1, 2 * length, *sizes, itemsize) <= VMEM_BUDGET:
+    while 2 * length <= longest and _vmem_bytes(2 * length, *sizes, itemsize) <= VMEM_BUDGET:
         length *= 2
     return length
 
@@ -107,7 +108,7 @@ def forward(
         NotImplementedError: see `check`.
     """
     check(options, q, k, v)
-    call = _Call(_plan(options, q, k, v), *carry.shape)
+    call = _Call(_plan(options, q, k, v), *carry.shape[:2])
     plan, flat = call.plan, functools.partial(_flat, dtype=call.plan.dtype)
     state = (
         (_pad(memory, 2), call.state(plan.q_dim, plan.v_dim)),
@@ -154,7 +155,7 @@ def backward(
         NotImplementedError: see `check`.
     """
     check(options, q, k, v)
-    call = _Call(_plan(options, q, k, v), *carry.shape)
+    call = _Call(_plan(options, q, k, v), *carry.shape[:2])
     plan, flat = call.plan, functools.partial(_flat, dtype=call.plan.dtype)
     sizes = (plan.q_dim, plan.v_dim), (1, plan.q_dim)
     carry = call.flat_carry(carry)
@@ -174,14 +175,17 @@ def backward(
             (call.struct(*sizes[0], dtype=plan.dtype), call.per_chunk(*sizes[0])),
             (call.struct(*sizes[1]), call.per_chunk(*sizes[1])),
         ],
-        scratch=[pltpu.VMEM((plan.heads, *size), jnp.float32) for size in sizes],
+        scratch=[
+            *(pltpu.VMEM((plan.heads, *size), jnp.float32) for size in sizes),
+            pltpu.VMEM((plan.heads, *sizes[0]), plan.dtype),
+        ],
         products=(0, 0, 1),
     )
 
     def body(carry, *refs):
         refs = iter(refs)
         inputs, dstate0, outputs, dstate, scratch = (
-            tuple(itertools.islice(refs, count)) for count in (7, 2, 5, 2, 5)
+            tuple(itertools.islice(refs, count)) for count in (7, 2, 5, 2, 4)
         )
         backward_kernel(plan, carry, inputs, dstate0, outputs, dstate, Scratch(*scratch))
 
@@ -217,8 +221,7 @@ def backward(
             for shape in (
                 (plan.chunk, plan.chunk),
                 (plan.chunk, plan.chunk),
-                (plan.chunk, plan.v_dim),
-                (plan.chunk, plan.q_dim),
+                (plan.q_dim, plan.chunk),
                 (plan.q_dim, plan.v_dim),
             )
         ],
@@ -232,6 +235,10 @@ def backward(
     )
 
 
+# The compiler of TPUs cannot split a kernel by itself.
+chunkwise = entry_point(forward, backward, chunk_length, TuningConfig(), automatic=False)
+
+
 # --- calls ------------------------------------------------------------------------------------
 
 
@@ -241,30 +248,31 @@ class _Call:
 
     Attributes:
         plan: of the kernels' bodies.
-        batch, heads, chunks: B, H, N.
+        batch, heads: B, H.
         last_first: whether chunks come from the last to the first.
     """
 
     plan: Plan
     batch: int
     heads: int
-    chunks: int
     last_first: bool = False
 
     def _at(self, step):
-        return self.chunks - 1 - step if self.last_first else step
+        return self.plan.steps - 1 - step if self.last_first else step
 
     def tokens(self, size: int) -> pl.BlockSpec:
         """Of an array [B, T, H size]."""
         plan = self.plan
         return pl.BlockSpec(
-            (1, plan.chunk, plan.heads * size), lambda b, group, step: (b, self._at(step), group)
+            (1, plan.together * plan.chunk, plan.heads * size),
+            lambda b, group, step: (b, self._at(step), group),
         )
 
     def per_chunk(self, *shape: int) -> pl.BlockSpec:
         """Of an array [B, H, N, *shape]."""
         return pl.BlockSpec(
-            (1, self.plan.heads, 1, *shape), lambda b, group, step: (b, group, self._at(step), 0, 0)
+            (1, self.plan.heads, self.plan.together, *shape),
+            lambda b, group, step: (b, group, self._at(step), 0, 0),
         )
 
     def state(self, *shape: int) -> pl.BlockSpec:
@@ -274,18 +282,18 @@ class _Call:
     def carry(self) -> pl.BlockSpec:
         """Of what `flat_carry` returns."""
         return pl.BlockSpec(
-            (1, 1, 1, self.plan.heads * self.chunks),
+            (1, 1, 1, self.plan.heads * self.plan.chunks),
             lambda b, group, _: (b, group, 0, 0),
             memory_space=pltpu.SMEM,
         )
 
     def flat_carry(self, carry: Array) -> Array:
         """[B, H, N] as scalar memory takes it: head after head of a program."""
-        return carry.reshape(self.batch, -1, 1, self.plan.heads * self.chunks)
+        return carry.reshape(self.batch, -1, 1, self.plan.heads * self.plan.chunks)
 
     def struct(self, *shape: int, dtype: jnp.dtype = jnp.float32) -> jax.ShapeDtypeStruct:
         """An array [B, H, N, *shape]."""
-        return jax.ShapeDtypeStruct((self.batch, self.heads, self.chunks, *shape), dtype)
+        return jax.ShapeDtypeStruct((self.batch, self.heads, self.plan.chunks, *shape), dtype)
 
     def run(
         self,
@@ -302,7 +310,7 @@ class _Call:
         with L x Dk, of L x L with L x Dv, and of L x Dk with Dk x Dv.
         """
         plan = self.plan
-        tokens = self.batch * self.heads * self.chunks * plan.chunk
+        tokens = self.batch * self.heads * plan.chunks * plan.chunk
         per_token = products[0] * plan.chunk * plan.q_dim + products[1] * plan.chunk * plan.v_dim
         per_token += products[2] * plan.q_dim * plan.v_dim
         varying = jax.typeof(inputs[1][0]).manual_axis_type
@@ -311,7 +319,7 @@ class _Call:
         ]
         call = pl.pallas_call(
             kernel,
-            grid=(self.batch, self.heads // plan.heads, self.chunks),
+            grid=(self.batch, self.heads // plan.heads, plan.steps),
             in_specs=[spec for _, spec in inputs],
             out_specs=[spec for _, spec in outputs],
             out_shape=structs,
@@ -334,35 +342,48 @@ class _Call:
 
 
 def _plan(options: Any, q: Array, k: Array, v: Array) -> Plan:
-    """What the kernels' bodies are specialised for; as many heads at a time as divide H and fit."""
+    """What the kernels' bodies are specialised for: as much in one grid step as fits."""
+    config, heads = options.config, q.shape[2]
     narrow = all(x.dtype == jnp.bfloat16 for x in (q, k, v))
-    heads = q.shape[2]
-    plan = Plan(
+    smallest = Plan(
         heads=1,
+        chunks=q.shape[1] // options.chunk,
+        together=1,
         chunk=options.chunk,
         q_dim=_padded(q.shape[-1]),
         v_dim=_padded(v.shape[-1]),
         normalized=options.normalized,
         dtype=jnp.dtype(jnp.bfloat16 if narrow else jnp.float32),
-        columns=options.config.columns,
+        columns=config.columns,
     )
-    for together in range(min(options.config.heads, heads), 1, -1):
-        larger = dataclasses.replace(plan, heads=together)
-        if heads % together == 0 and _plan_bytes(larger) <= VMEM_BUDGET:
-            return larger
-    return plan
+    plans = [
+        dataclasses.replace(smallest, heads=heads_, together=together)
+        for heads_ in range(min(config.heads, heads), 0, -1)
+        if heads % heads_ == 0
+        for together in range(max(1, min(config.tokens // options.chunk, smallest.chunks)), 0, -1)
+    ]
+    return next((plan for plan in plans if _plan_bytes(plan) <= VMEM_BUDGET), smallest)
 
 
 def _plan_bytes(plan: Plan) -> int:
-    return _vmem_bytes(plan.heads, plan.chunk, plan.q_dim, plan.v_dim, plan.dtype.itemsize)
+    """VMEM of the backward kernel, which takes most."""
+    itemsize = plan.dtype.itemsize
+    one = plan.heads * _vmem_bytes(plan.chunk, plan.q_dim, plan.v_dim, itemsize)
+    more = (plan.together - 1) * plan.heads
+    return one + more * _stream_bytes(plan.chunk, plan.q_dim, plan.v_dim, itemsize)
 
 
-def _vmem_bytes(heads: int, chunk: int, q_dim: int, v_dim: int, itemsize: int) -> int:
-    """VMEM of the backward kernel, which takes most: blocks are double buffered, scratch is not."""
-    tokens = 2 * chunk * (4 * q_dim + 3 * v_dim) * itemsize + 2 * chunk * (8 + 4) * 4
-    states = q_dim * v_dim * (2 * itemsize + 4 * 4)
-    scratch = (2 * chunk * chunk + chunk * (q_dim + v_dim) + q_dim * v_dim) * itemsize
-    return heads * (tokens + states + scratch)
+def _stream_bytes(chunk: int, q_dim: int, v_dim: int, itemsize: int) -> int:
+    """A chunk's share of the blocks that come and go, of which there are two each."""
+    tokens = chunk * (4 * q_dim + 3 * v_dim) * itemsize + chunk * (8 + 4) * 4
+    return 2 * (tokens + q_dim * v_dim * itemsize + 8 * (q_dim + LANES) * 4)
+
+
+def _vmem_bytes(chunk: int, q_dim: int, v_dim: int, itemsize: int) -> int:
+    """VMEM of a head's chunk."""
+    state = 4 * (q_dim * v_dim + 8 * q_dim) * 4
+    scratch = (2 * chunk * chunk + chunk * q_dim + q_dim * v_dim) * itemsize
+    return _stream_bytes(chunk, q_dim, v_dim, itemsize) + state + scratch
 
 
 def _padded(size: int) -> int:
