@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from swr_jax.benchmark import layers, recurrence, timing
-from swr_jax.benchmark.device import check, decode, speed, training, tuning
+from swr_jax.benchmark.device import cells, check, decode, speed, training, tuning
 from swr_jax.benchmark.device import layers as device_layers
 from swr_jax.benchmark.device import recurrence as device_recurrence
 from swr_jax.benchmark.device import report as device_report
@@ -77,9 +77,9 @@ DEVICE = {
         full=check.FULL,
         tiny=check.TINY,
         references=(),
-        shapes="recurrences of up to 8197 tokens of 128 heads of 16 features",
+        shapes="recurrences of up to 8197 tokens of 128 heads of 16 features, mLSTMs of up to 2053",
         description=check.__doc__,
-        seconds=80,
+        seconds=90,
         faults=check.faults,
     ),
     "speed": Section(
@@ -99,7 +99,17 @@ DEVICE = {
         shapes="65536 tokens in rows of T, H 128, D 16, block 16, bfloat16",
         description=device_recurrence.__doc__,
         targets=device_report.recurrence_targets,
-        seconds=100,
+        seconds=85,
+    ),
+    "mlstm": Section(
+        run=cells.run,
+        full=cells.FULL,
+        tiny=cells.TINY,
+        references=cells.REFERENCES,
+        shapes="65536 tokens in rows of T, H 16, Dk 128, Dv 256, bfloat16",
+        description=cells.__doc__,
+        targets=device_report.mlstm_targets,
+        seconds=45,
     ),
     "layers": Section(
         run=device_layers.run,
@@ -109,7 +119,7 @@ DEVICE = {
         shapes="32768 tokens in rows of T, attention window 512 and heads of 128, bfloat16",
         description=device_layers.__doc__,
         targets=device_report.layer_targets,
-        seconds=85,
+        seconds=75,
     ),
     "training": Section(
         run=training.run,
@@ -119,7 +129,7 @@ DEVICE = {
         shapes="32768 tokens an update in rows of T, bfloat16 activations, float32 parameters",
         description=training.__doc__,
         targets=device_report.training_targets,
-        seconds=90,
+        seconds=80,
     ),
     "decode": Section(
         run=decode.run,

@@ -135,6 +135,58 @@ def parallel(
     return np.moveaxis(h, 1, 2)
 
 
+def parallel_gradients(
+    q: Any,
+    k: Any,
+    v: Any,
+    i: Any,
+    f: Any,
+    h_bar: Any,
+    *,
+    input_gate: str = "exp",
+    segment_ids: Any = None,
+) -> tuple[Array, dict[str, Array]]:
+    """h from an empty state, and the gradients of q, k, v, i, f, head by head in T x T products.
+
+    For sizes at which the recurrence, which keeps every token's state, has no room.
+    """
+    q, k, v, i, f, h_bar = map(_float64, (q, k, v, i, f, h_bar))
+    log_i, log_f = log_gates(i, f, input_gate)
+    time = q.shape[1]
+    h, found = (
+        np.empty_like(v),
+        {name: np.empty_like(x) for name, x in zip("qkvif", (q, k, v, i, f), strict=True)},
+    )
+    for row, head in np.ndindex(q.shape[0], q.shape[2]):
+        at = (row, slice(None), head)
+        visible = np.tril(np.ones((time, time), bool))
+        if segment_ids is not None:
+            document = np.cumsum(_starts(segment_ids)[row])
+            visible &= document[:, None] == document
+        sums = np.cumsum(log_f[at])
+        weights = np.where(visible, sums[:, None] - sums + log_i[at], -np.inf)
+        m = np.max(weights, axis=1, keepdims=True)
+        weights = np.exp(weights - m) / np.sqrt(q.shape[-1])
+        scores = weights * (q[at] @ k[at].T)
+        d, floor = np.sum(scores, axis=1, keepdims=True), np.exp(-m)
+        divisor = np.maximum(np.abs(d), floor)
+        h[at] = scores @ v[at] / divisor
+
+        # h = scores v / divisor, and divisor is |sum of scores| where that is above the floor.
+        dh = h_bar[at] / divisor
+        dscores = dh @ v[at].T
+        dscores -= np.sum(dh * h[at], axis=1, keepdims=True) * np.sign(d) * (np.abs(d) > floor)
+        products = dscores * weights
+        found["q"][at], found["k"][at] = products @ k[at], products.T @ q[at]
+        found["v"][at] = scores.T @ dh
+        dweights = dscores * scores  # of their logarithms, log i_j + log f_{j+1} + ... + log f_i
+        through = np.cumsum((dweights.sum(1) - dweights.sum(0))[::-1])[::-1]
+        found["f"][at] = through * _sigmoid(-f[at])
+        slope = 1.0 if input_gate == "exp" else _sigmoid(-i[at])
+        found["i"][at] = dweights.sum(0) * slope
+    return h, found
+
+
 def gradients(
     q: Any,
     k: Any,

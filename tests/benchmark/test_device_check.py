@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from swr_jax.benchmark.device import check, platform
+from swr_jax.benchmark.device import check, check_recurrence, platform
+from swr_jax.benchmark.device.check_mlstm import Cell
+from swr_jax.benchmark.device.check_recurrence import Recurrence
 from swr_jax.benchmark.records import Session
 from swr_jax.ops import reference as ref
 from swr_jax.ops import sliding_window_recurrence
 
-SMALL = check.Case((1, 18, 2, 8), gated=False, lookback=1, dtypes=("float32",))
+SMALL = Recurrence((1, 18, 2, 8), gated=False, lookback=1, dtypes=("float32",))
 XLA = (platform.Backend("xla"),)
 
 
@@ -34,9 +36,20 @@ def test_simulated_kernels_pass(monkeypatch, name):
     assert 0 < worst < 1e-6
 
 
+@pytest.mark.parametrize("name", ["mosaic_tpu", "xla"])
+def test_a_cell_passes(monkeypatch, name):
+    backend = platform.Backend(name, simulated=name != "xla")
+    case = Cell((1, 130, 2, 8, 16), packed=True, dtypes=("float32",))
+    (found,) = run(monkeypatch, case, backends=(backend,))
+    assert found["fault"] is None
+    assert set(found["errors"]["forward+backward"]) == {"x", "q", "k", "v", "i", "f"}
+    worst = max(max(errors.values()) for errors in found["errors"].values())
+    assert 0 < worst < 1e-5
+
+
 @pytest.mark.parametrize(("gated", "lookback"), [(True, 1), (False, None)])
 def test_states_and_documents_pass(monkeypatch, gated, lookback):
-    case = check.Case((2, 37, 3, 8), gated, lookback, dtypes=("float32",), packed=True)
+    case = Recurrence((2, 37, 3, 8), gated, lookback, dtypes=("float32",), packed=True)
     (found,) = run(monkeypatch, case)
     assert found["fault"] is None
     gradients = {"a", "v", "local"} | ({"b", "c"} if gated else set())
@@ -47,13 +60,13 @@ def test_states_and_documents_pass(monkeypatch, gated, lookback):
 def test_every_case_of_a_device_has_an_oracle():
     """Those of the full sizes, cut down: nothing of them is left to be found out there."""
     sizes = {}
-    for case in check.FULL.cases:
+    for case in check_recurrence.FULL:
         batch, tokens, heads, features = case.shape
         shape = (batch, tokens % 97 + 20, min(heads, 3), min(features, 8))
         small = dataclasses.replace(case, shape=shape, dtypes=("float32",), lane_order=False)
-        sizes[small] = check.draw(small)
+        sizes[small] = small.draw()
     for case, arrays in sizes.items():
-        expected = check.expect(case, arrays)
+        expected = case.expect(arrays)
         assert set(expected) >= {"x", *case.arguments}
         for name in case.arguments:
             assert expected[name].shape == arrays[name].shape
@@ -66,7 +79,7 @@ def test_every_case_of_a_device_has_an_oracle():
 
 
 def test_inputs_are_exact_in_both_low_precisions():
-    arrays = check.draw(check.Case((2, 40, 3, 8), gated=True, lookback=1))
+    arrays = Recurrence((2, 40, 3, 8), gated=True, lookback=1).draw()
     for name in ("a", "b", "c", "v", "x_bar"):
         for dtype in ("bfloat16", "float16"):
             lowered = np.asarray(jnp.asarray(arrays[name], dtype), np.float32)
@@ -99,7 +112,9 @@ def raising(*arrays, **options):
     ids=["window", "gradient", "NaN", "error"],
 )
 def test_a_wrong_kernel_is_red(monkeypatch, wrong, fault):
-    monkeypatch.setattr(check, "sliding_window_recurrence", lambda *arrays, **_: wrong(*arrays))
+    monkeypatch.setattr(
+        check_recurrence, "sliding_window_recurrence", lambda *arrays, **_: wrong(*arrays)
+    )
     (found,) = run(monkeypatch, SMALL)
     assert re.search(fault, found["fault"])
     assert check.faults({"measurements": [found]}) == [f"{found['case']}: {found['fault']}"]

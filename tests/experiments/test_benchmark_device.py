@@ -12,6 +12,7 @@ from absl import flags
 
 from swr_jax.benchmark import timing
 from swr_jax.benchmark.device import check, platform
+from swr_jax.benchmark.device.check_recurrence import Recurrence
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = ("check", "speed", "recurrence", "layers", "training", "decode", "tuning")
@@ -31,7 +32,7 @@ def benchmark(monkeypatch, tmp_path, capsys):
     defined = set(flags.FLAGS)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    case = check.Case((1, 18, 2, 8), gated=False, lookback=1, dtypes=("float32",))
+    case = Recurrence((1, 18, 2, 8), gated=False, lookback=1, dtypes=("float32",))
     monkeypatch.setattr(platform, "backends", lambda: (platform.Backend("xla"),))
     suite = script.suites.SUITES["device"]
     section = script.suites.dataclasses.replace(suite["check"], tiny=check.Sizes((case,)))
@@ -90,12 +91,12 @@ def test_sections_run_after_the_check_and_go_on_where_they_stopped(
 
 
 def test_nothing_is_timed_while_a_check_is_red(benchmark, monkeypatch, tmp_path):
-    monkeypatch.setitem(check.TOLERANCES, "float32", 1e-12)
+    monkeypatch.setitem(Recurrence.tolerances, "float32", 1e-12)
     with pytest.raises(SystemExit, match=r"error of .*Nothing was timed"):
         benchmark("--sections=speed")
     assert json.loads((tmp_path / "device_check.json").read_text())["measurements"][0]["fault"]
     assert not (tmp_path / "device_speed.json").exists()
-    monkeypatch.setitem(check.TOLERANCES, "float32", 1e-6)
+    monkeypatch.setitem(Recurrence.tolerances, "float32", 1e-6)
     with pytest.raises(SystemExit, match="Nothing was timed"):  # The fault is on record.
         benchmark("--sections=speed")
     assert "green" in benchmark("--sections=speed", "--fresh")

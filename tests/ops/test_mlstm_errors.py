@@ -113,7 +113,7 @@ def test_an_implementation_that_is_not_there():
 def test_a_kernel_that_does_not_cover_the_case_says_so_when_it_is_named():
     """And is passed over when it is not."""
     with simulated_gpu():
-        with pytest.raises(NotImplementedError, match="mosaic_gpu: .*float32"):
+        with pytest.raises(NotImplementedError, match=r"mosaic_gpu: .*float32"):
             mlstm(**INPUTS, implementation="mosaic_gpu")
         h = mlstm(**INPUTS)
     np.testing.assert_array_equal(h, mlstm(**INPUTS, implementation="xla"))

@@ -31,6 +31,17 @@ def test_the_parallel_form_is_the_recurrence(options):
     assert relative_rms(ref.parallel(*problem.inputs, **options), h) <= 1e-13
 
 
+@pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
+def test_the_gradient_of_the_parallel_form_is_that_of_the_recurrence(input_gate):
+    problem = draw(37, MODERATE)
+    options = {"input_gate": input_gate, "segment_ids": problem.segment_ids}
+    h, gradients = ref.parallel_gradients(*problem.inputs, problem.h_bar, **options)
+    assert relative_rms(h, ref.recurrence(*problem.inputs, **options)[0]) <= 1e-13
+    wanted = ref.gradients(*problem.inputs, problem.h_bar, **options)
+    for name, found in gradients.items():
+        assert relative_rms(found, wanted[name]) <= 1e-12, name
+
+
 def test_enormous_gates_stay_in_range():
     problem = draw(37, ("loud", "silent", "forgetful", "wild"))
     q, k, v, i, f = problem.inputs

@@ -167,34 +167,6 @@ def difference(actual, expected) -> float:
     return float(largest(actual, expected))
 
 
-def compile_entrants(
-    entrants: Mapping[str, Entrant],
-) -> tuple[dict[str, jax.stages.Compiled], dict[str, str]]:
-    """Compile all that can be run; returns executables, and reasons for the others."""
-    lowered, left_out = {}, {}
-    for name, entrant in entrants.items():
-        if entrant.expected is not None and entrant.expected > SLOWEST_SECONDS:
-            known = math.isfinite(entrant.expected)
-            left_out[name] = "a call might take " + (
-                f"{entrant.expected:.1f} s" if known else "longer still than at a shorter length"
-            )
-            continue
-        try:
-            lowered[name] = jax.jit(entrant.function).lower(*entrant.sets[0])
-        except (RuntimeError, ValueError) as error:
-            left_out[name] = f"does not lower: {first_line(error)}"
-    programs = timing.compile_all(lowered)
-    for name, program in list(programs.items()):
-        if isinstance(program, Exception):
-            left_out[name] = f"does not compile: {first_line(program)}"
-        elif shortage := lacking_bytes(program):
-            left_out[name] = f"needs {shortage / 2**30:.1f} GiB more memory than is free"
-        else:
-            continue
-        del programs[name]
-    return programs, left_out
-
-
 def expected_seconds(
     measurements: Sequence[dict], name: str, batch: int, tokens: int, **same: object
 ) -> float | None:

@@ -23,7 +23,17 @@ TRAINING = {
     4096: ("1.3B phalanx hybrid, training at 4k: times faster than transformer++", 1.1),
     32768: ("1.3B phalanx hybrid, training at 32k: times faster than transformer++", 1.4),
 }
-TARGETS = (FORWARD, BACKWARD, SCAN, *LAYERS.values(), *TRAINING.values())
+# Published milliseconds, forward+backward at the headline length.
+PUBLISHED = {
+    "mlstm": ("mlstm forward+backward at 8k: the published 15.2 ms over its time", 15.2),
+    "mlstm, sigmoid": ("mlstm, sigmoid, at 8k: the published 12.8 ms over its time", 12.8),
+}
+ATTENTION = ("mlstm forward+backward from 4k on: times faster than full attention", 1.0)
+TARGETS = (
+    *(FORWARD, BACKWARD, SCAN, *LAYERS.values(), *TRAINING.values()),
+    *((what, 1.0) for what, _ in PUBLISHED.values()),
+    ATTENTION,
+)
 
 
 def recurrence_targets(record: Mapping, _: Any) -> list[dict]:
@@ -70,6 +80,23 @@ def training_targets(record: Mapping, _: Any) -> list[dict]:
             speedup = m["contestants"]["phalanx hybrid"]["speedup"]
             judged.append(_judge(target, speedup.get("transformer++")))
     return [target for target in judged if target]
+
+
+def mlstm_targets(record: Mapping, _: Any) -> list[dict]:
+    """Judge the mLSTM by what is published, and at every length from 4k on by attention."""
+    judged, speedups = [], []
+    for m in record["measurements"]:
+        if m["mode"] != "forward+backward":
+            continue
+        for name, (what, published) in PUBLISHED.items():
+            if m["tokens"] == HEADLINE and name in m["contestants"]:
+                times = m["contestants"][name]["milliseconds"]
+                ratios = {"median": published / times["median"]}
+                judged.append(_judge((what, 1.0), ratios))
+        if m["tokens"] >= 4096 and "mlstm" in m["contestants"]:
+            speedups.append(m["contestants"]["mlstm"]["speedup"].get("full_attention"))
+    slowest = min((s for s in speedups if s), key=lambda s: s["median"], default=None)
+    return [target for target in (*judged, _judge(ATTENTION, slowest)) if target]
 
 
 def _judge(target: tuple[str, float], value: Mapping | None) -> dict | None:
