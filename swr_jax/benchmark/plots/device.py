@@ -75,7 +75,19 @@ def training(record: dict, path: Path) -> None:
     _finish(figure, record, "Training of the Phalanx hybrid over Transformer++", path)
 
 
-PICTURES = {"recurrence": recurrence, "layers": layers, "training": training}
+def mlstm(record: dict, path: Path) -> None:
+    """Draw speed-up over full attention by length."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5.1), squeeze=False)
+    for axis, mode in zip(axes[0], MODES, strict=True):
+        rows = _like(record, mode=mode)
+        _lines(axis, rows, lambda c: c["speedup"].get("full_attention"))
+        log_axes(axis, [m["tokens"] for m in rows], "speed-up over full attention")
+        axis.set_title(mode)
+    legend(figure, axes.ravel())
+    _finish(figure, record, "mLSTM against attention of equal width", path)
+
+
+PICTURES = {"recurrence": recurrence, "mlstm": mlstm, "layers": layers, "training": training}
 
 
 def _like(record: dict, **same: object) -> list[dict]:
