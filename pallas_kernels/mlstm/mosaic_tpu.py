@@ -126,7 +126,11 @@ def forward(
             *state,
         ],
         outputs=[values, *state],
-        scratch=[pltpu.VMEM((plan.heads, plan.q_dim, plan.v_dim), plan.dtype)],
+        scratch=[
+            pltpu.VMEM((plan.heads, plan.q_dim, plan.v_dim), plan.dtype),
+            pltpu.VMEM((plan.heads, plan.chunk, LANES), jnp.float32),
+            pltpu.VMEM((plan.heads, plan.chunk + plan.q_dim, LANES), plan.dtype),
+        ],
         products=(1, 1, 2),
     )
     return _heads(h, v), *_cut_state(memory, normalizer, q, v)
@@ -185,7 +189,7 @@ def backward(
     def body(carry, *refs):
         refs = iter(refs)
         inputs, dstate0, outputs, dstate, scratch = (
-            tuple(itertools.islice(refs, count)) for count in (7, 2, 5, 2, 4)
+            tuple(itertools.islice(refs, count)) for count in (7, 2, 5, 2, 6)
         )
         backward_kernel(plan, carry, inputs, dstate0, outputs, dstate, Scratch(*scratch))
 
@@ -217,12 +221,14 @@ def backward(
             *dstate,
         ],
         scratch=[
-            pltpu.VMEM((plan.heads, *shape), plan.dtype)
-            for shape in (
-                (plan.chunk, plan.chunk),
-                (plan.chunk, plan.chunk),
-                (plan.q_dim, plan.chunk),
-                (plan.q_dim, plan.v_dim),
+            pltpu.VMEM((plan.heads, *shape), dtype)
+            for dtype, *shape in (
+                (plan.dtype, plan.chunk, plan.chunk),
+                (plan.dtype, plan.chunk, plan.chunk),
+                (plan.dtype, plan.q_dim, plan.chunk),
+                (plan.dtype, plan.q_dim, plan.v_dim),
+                (jnp.float32, 4, plan.chunk, LANES),
+                (jnp.float32, 3, plan.q_dim, LANES),
             )
         ],
         products=(3, 2, 4),
@@ -383,6 +389,7 @@ def _vmem_bytes(chunk: int, q_dim: int, v_dim: int, itemsize: int) -> int:
     """VMEM of a head's chunk."""
     state = 4 * (q_dim * v_dim + 8 * q_dim) * 4
     scratch = (2 * chunk * chunk + chunk * q_dim + q_dim * v_dim) * itemsize
+    scratch += (4 * chunk + 3 * q_dim) * LANES * 4
     return _stream_bytes(chunk, q_dim, v_dim, itemsize) + state + scratch
 
 

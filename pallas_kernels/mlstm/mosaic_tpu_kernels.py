@@ -8,8 +8,11 @@ Notation of swr_jax/ops/mlstm_chunkwise.py, for one chunk of L tokens of one hea
                   is after the chunk (pallas_kernels/mlstm/gates.py)
     S, P          A * (q k^T), and A * its cotangent; d the denominator; dX the cotangent of X
 
-Matrices L x L are walked in blocks of 128 rows, each with the columns up to its end. C stays in
-VMEM from chunk to chunk.
+Matrices L x L are held transposed, rows i in lanes: what belongs to a row (its gates, d, the
+divisor, sums over columns) is then spread over sublanes for nothing, and added up without crossing
+lanes. What is used again once such a sum is known waits in VMEM, not in registers.
+They are walked in blocks of 128 rows, each with the columns up to its end. C stays in VMEM from
+chunk to chunk, beside a copy in the dtype of the products' operands.
 
 Two numbers, for Dk 128, Dv 256 and chunks of 128 tokens in bfloat16, per token and head: forward
 1,568 bytes and 229,376 operations of products; backward 4,400 bytes (1,024 of them states that the
@@ -17,7 +20,9 @@ first pass writes and the second reads) and 557,056.
 """
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +46,7 @@ from pallas_kernels.mlstm.gates import (
 from pallas_kernels.mlstm.tuning_tpu import LANES
 
 Array = jax.Array
-# The grid is (batch, groups of heads, chunks).
+# The grid is (batch, groups of heads, groups of chunks).
 CHUNK_AXIS = 2
 
 
@@ -51,6 +56,8 @@ class Plan:
 
     Attributes:
         heads: of one program.
+        chunks: of the sequence.
+        together: chunks of one grid step, at most.
         chunk: L, a multiple of 128.
         q_dim, v_dim: Dk and Dv, multiples of 128.
         normalized: whether h is divided by max(|d|, floor), or by the floor alone.
@@ -59,12 +66,25 @@ class Plan:
     """
 
     heads: int
+    chunks: int
+    together: int
     chunk: int
     q_dim: int
     v_dim: int
     normalized: bool
     dtype: jnp.dtype
     columns: int
+
+    @property
+    def steps(self) -> int:
+        """Grid steps over the chunks."""
+        return pl.cdiv(self.chunks, self.together)
+
+    def count(self, group: Array) -> int | Array:
+        """Chunks in a group: the last one may have fewer."""
+        if self.chunks % self.together == 0:
+            return self.together
+        return jnp.minimum(self.together, self.chunks - group * self.together)
 
 
 def _dot(x: Array, y: Array, contract: tuple[int, int]) -> Array:
@@ -87,12 +107,21 @@ def _product(x: Array, y: Array) -> Array:
     return _dot(x, y, (1, 0))
 
 
-def _outer(x: Array, y: Array) -> Array:
-    return _dot(x, y, (0, 0))
+def _float(x: Array) -> Array:
+    return x.astype(jnp.float32)
 
 
 def _tiles(size: int, tile: int) -> list[slice]:
     return [slice(start, min(start + tile, size)) for start in range(0, size, tile)]
+
+
+def _above(*blocks: Array) -> Array:
+    return jnp.concatenate(blocks, axis=0)
+
+
+def _down(x: Array) -> Array:
+    """Sum over sublanes: [R, n] -> [1, n]."""
+    return jnp.sum(x, axis=0, keepdims=True)
 
 
 def _fold(x: Array) -> Array:
@@ -105,197 +134,284 @@ def _wide(column: Array, width: int) -> Array:
     return jnp.concatenate([column] * (width // LANES), axis=1)
 
 
-def _spread(column: Array) -> Array:
-    """[R, 1] -> [R, 128]."""
-    return jnp.broadcast_to(column, (column.shape[0], LANES))
+# Rows of a matrix that registers hold at a time.
+_AT_A_TIME = 64
+# Rows of `_parts`, a register of any dtype.
+_PARTS = 16
 
 
-def _row_sum(x: Array) -> Array:
-    """Sum over lanes, in every lane: [R, 128] -> [R, 128]."""
-    return _spread(jnp.sum(x, axis=1, keepdims=True))
+def _parts(row: Array, dtype: jnp.dtype) -> Array:
+    """Part a row [1, n] into rows [16, n] of a dtype, of which products lose nothing."""
+    parts = []
+    for _ in range(1 if dtype == jnp.float32 else 3):
+        parts.append(row.astype(dtype))
+        row = row - _float(parts[-1])
+    return _above(*parts, jnp.zeros((_PARTS - len(parts), row.shape[1]), dtype))
 
 
-class _Gates:
-    """Gates of a chunk by token, along lanes and along sublanes."""
-
-    def __init__(self, gates: Array):
-        self._rows = gates
-        self._columns = gates.T
-
-    def row(self, name: int, columns: slice) -> Array:
-        """[1, columns]."""
-        return self._rows[name : name + 1, columns]
-
-    def column(self, name: int, rows: slice) -> Array:
-        """[rows, 128], all lanes alike."""
-        return _spread(self._columns[rows, name : name + 1])
+# Stands for the infinity of a gate that is closed, which would make NaN of zeros in a product.
+_CLOSED = 1e30
 
 
-def _below(rows: slice, columns: slice, strictly: bool) -> Array:
-    shape = (rows.stop - rows.start, columns.stop - columns.start)
-    row = rows.start + lax.broadcasted_iota(jnp.int32, shape, 0)
-    column = columns.start + lax.broadcasted_iota(jnp.int32, shape, 1)
-    return row > column if strictly else row >= column
+def _spread(gates: Array, name: int) -> Array:
+    """One of the gates [8, L], along sublanes and alike in all lanes: [L, 128]."""
+    return jnp.broadcast_to(gates.T[:, name : name + 1], (gates.shape[1], LANES))
 
 
-def _weights(gates: _Gates, rows: slice) -> Array:
-    """A of a block of rows with the columns up to its end."""
-    blocks = []
-    high, low = gates.column(ROW_HIGH, rows), gates.column(ROW_LOW, rows)
-    document = gates.column(DOCUMENT, rows)
-    for columns in _tiles(rows.stop, LANES):
-        exponent = (high - gates.row(COLUMN_HIGH, columns)) + (low - gates.row(COLUMN_LOW, columns))
-        seen = document == gates.row(DOCUMENT, columns)
-        if columns == rows:
-            seen &= _below(rows, columns, strictly=False)
-        blocks.append(jnp.exp(jnp.where(seen, exponent, -jnp.inf)))
-    return jnp.concatenate(blocks, axis=1)
+def _spread_by_products(gates: Array, names: tuple[int, ...]) -> list[Array]:
+    """`_spread` of several, for kernels whose matrix units have more time than the lanes' unit.
+
+    Products with ones of three parts each, which no rounding touches.
+    """
+    rest, parts = jnp.minimum(gates, _CLOSED), []
+    for _ in range(3):
+        parts.append(_float(rest.astype(jnp.bfloat16)))
+        rest = rest - parts[-1]
+    parts = _above(*parts, jnp.zeros_like(rest)).astype(jnp.bfloat16).T
+    shape = parts.shape[1], len(names) * LANES
+    row, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    chosen = functools.reduce(
+        jnp.logical_or,
+        ((row % 8 == name) & (lane // LANES == index) for index, name in enumerate(names)),
+    )
+    found = _product(parts, jnp.where(chosen, 1.0, 0.0).astype(jnp.bfloat16))
+    return [found[:, lanes] for lanes in _tiles(shape[1], LANES)]
 
 
-def _float(x: Array) -> Array:
-    return x.astype(jnp.float32)
+_OF_COLUMNS = COLUMN_HIGH, COLUMN_LOW, DOCUMENT
 
 
-@dataclasses.dataclass(frozen=True)
-class _Read:
-    """How a block of rows reads its chunk and the state before it.
+class _Columns(NamedTuple):
+    """Gates of A by column, along sublanes [L, 128]."""
+
+    high: Array
+    low: Array
+    document: Array
+
+
+def _tokens(columns: slice, rows: slice) -> tuple[Array, Array]:
+    """Column (along sublanes) and row (along lanes) of each entry of a block."""
+    shape = (columns.stop - columns.start, rows.stop - rows.start)
+    column, row = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    return columns.start + column, rows.start + row
+
+
+def _on_diagonal(columns: slice, rows: slice) -> Array:
+    column, row = _tokens(columns, rows)
+    return column == row
+
+
+def _weights(gates: Array, by_column: _Columns, rows: slice, columns: slice) -> Array:
+    """A of a block of rows, along lanes, with some columns up to its end, along sublanes."""
+    exponent = _row(gates, ROW_HIGH, rows) - by_column.high[columns]
+    exponent += _row(gates, ROW_LOW, rows) - by_column.low[columns]
+    seen = _row(gates, DOCUMENT, rows) == by_column.document[columns]
+    if columns.stop > rows.start:
+        column, row = _tokens(columns, rows)
+        seen &= column <= row
+    return jnp.exp(jnp.where(seen, exponent, -jnp.inf))
+
+
+def _row(gates: Array, name: int, tokens: slice) -> Array:
+    return gates[name : name + 1, tokens]
+
+
+class _Read(NamedTuple):
+    """How a block of rows, along lanes, reads its chunk and the state before it.
 
     Attributes:
-        weights: A.
-        scores: S.
-        recall: g, [R, 128].
-        query: q in float32.
-        denominator: d, [R, 128]; None where it is not needed.
-        divisor: [R, 128].
+        recall: g, [1, rows].
+        denominator: d, likewise; None where it is not needed.
+        inverse: of the divisor, likewise.
     """
 
-    weights: Array
-    scores: Array
     recall: Array
-    query: Array
     denominator: Array | None
-    divisor: Array
+    inverse: Array
 
 
-def _read(plan: Plan, gates: _Gates, rows: slice, q: Array, k: Array, n: Array) -> _Read:
-    """q of the block of rows, k of the columns up to its end."""
-    weights = _weights(gates, rows)
-    scores = weights * _inner(q, k)
-    recall, query = gates.column(RECALL, rows), _float(q)
-    divisor, denominator = gates.column(FLOOR, rows), None
-    if plan.normalized:
-        denominator = _row_sum(_fold(scores) + recall * _fold(query * n))
-        divisor = jnp.maximum(jnp.abs(denominator), divisor)
-    return _Read(weights, scores, recall, query, denominator, divisor)
+def _read(
+    plan: Plan,
+    gates: Array,
+    by_column: _Columns,
+    rows: slice,
+    q: Array,
+    k: Array,
+    n: Array,
+    scores: Any,
+    weights: Any = None,
+) -> _Read:
+    """Read with the queries of a block of rows.
 
-
-def _write(plan: Plan, gates: _Gates, carry: Array, k: Array, v, memory, normalizer) -> None:
-    """Advance C and n, which the last two give access to, over a chunk."""
-    chunk = slice(0, plan.chunk)
-    written = _wide(gates.column(KEPT, chunk), plan.q_dim) * _float(k)
-    keys = written.astype(plan.dtype)
-    for columns in _tiles(plan.v_dim, plan.columns):
-        for rows in _tiles(plan.q_dim, LANES):
-            memory[rows, columns] = carry * memory[rows, columns] + _outer(
-                keys[:, rows], v[:, columns]
-            )
-    normalizer[...] = carry * normalizer[...] + jnp.sum(written, axis=0, keepdims=True)
+    Args:
+        plan, gates, by_column, rows: see above.
+        q: of the rows.
+        k: of the columns up to their end.
+        n: as `_parts`.
+        scores, weights: where S and A are left, float32 [columns, rows]; A only if wanted.
+    """
+    recall, floor = _row(gates, RECALL, rows), _row(gates, FLOOR, rows)
+    products = _inner(_above(k, n) if plan.normalized else k, q)
+    denominator = jnp.zeros_like(recall)
+    for columns in _tiles(rows.stop, _AT_A_TIME):
+        weight = _weights(gates, by_column, rows, columns)
+        score = weight * products[columns]
+        denominator += _down(score)
+        scores[columns, :] = score
+        if weights is not None:
+            weights[columns, :] = weight
+    if not plan.normalized:
+        return _Read(recall, None, 1.0 / floor)
+    denominator += recall * _down(products[rows.stop :])
+    return _Read(recall, denominator, 1.0 / jnp.maximum(jnp.abs(denominator), floor))
 
 
 class _Lanes:
-    """The lanes of one head in a block [1, L, heads * D], as a matrix [L, D]."""
+    """Some tokens of one head in a block [1, tokens, heads * D], as a matrix [L, D]."""
 
-    def __init__(self, ref, head: int, size: int):
+    def __init__(self, plan: Plan, ref: Any, chunk: Array, head: int, size: int):
         self._ref, self._first = ref, head * size
-        self.all = slice(0, ref.shape[1]), slice(0, size)
+        self._tokens = pl.multiple_of(chunk * plan.chunk, plan.chunk)
+        self._shape = plan.chunk, size
 
-    def _at(self, where):
-        rows, columns = where
-        rows = slice(*rows.indices(self._ref.shape[1]))
-        columns = slice(*columns.indices(self.all[1].stop))
-        return (
-            0,
-            pl.ds(rows.start, rows.stop - rows.start),
-            pl.ds(self._first + columns.start, columns.stop - columns.start),
+    def _at(self, where: tuple[slice, slice]) -> tuple:
+        (top, bottom, _), (left, right, _) = (
+            part.indices(size) for part, size in zip(where, self._shape, strict=True)
         )
+        tokens = pl.ds(self._tokens + top, bottom - top)
+        return 0, tokens, pl.ds(self._first + left, right - left)
 
-    def __getitem__(self, where) -> Array:
+    def __getitem__(self, where: tuple[slice, slice]) -> Array:
         return self._ref[self._at(where)]
 
-    def __setitem__(self, where, value: Array) -> None:
+    def __setitem__(self, where: tuple[slice, slice], value: Array) -> None:
         self._ref[self._at(where)] = value.astype(self._ref.dtype)
 
 
+def _walk(plan: Plan, last_first: bool, body: Callable[[int | Array, Array], None]) -> None:
+    """Call `body` with each chunk of this step, by its place in the step and in the sequence."""
+    step = pl.program_id(CHUNK_AXIS)
+    group = plan.steps - 1 - step if last_first else step
+    count = plan.count(group)
+
+    def turn(index, _):
+        place = count - 1 - index if last_first else index
+        body(place, group * plan.together + place)
+
+    lax.fori_loop(0, count, turn, None)
+
+
+def _write(
+    plan: Plan, gates: Array, carry: Array, k: Array, v, memory, normalizer, rounded
+) -> None:
+    """Advance C and n, which `memory` and `normalizer` give access to, over a chunk."""
+    kept = gates[KEPT : KEPT + 1]
+    written = (_float(k.T) * kept).astype(plan.dtype)
+    for columns in _tiles(plan.v_dim, plan.columns):
+        for rows in _tiles(plan.q_dim, LANES):
+            state = carry * memory[rows, columns] + _product(written[rows], v[:, columns])
+            memory[rows, columns] = state
+            rounded[rows, columns] = state.astype(plan.dtype)
+    normalizer[...] = carry * normalizer[...] + _down(_product(_parts(kept, plan.dtype), k))
+
+
+def _carry(plan: Plan, carry: Any, head: int, chunk: Array) -> Array:
+    return carry[0, 0, 0, head * plan.chunks + chunk]
+
+
 def forward_kernel(
-    plan, carry, q, k, v, gates, memory0, normalizer0, h, memory, normalizer, rounded
+    plan, carry, q, k, v, gates, memory0, normalizer0, h, memory, normalizer, rounded, scores, reads
 ):
     """Outputs of a chunk.
 
-    `memory` and `normalizer` are the state so far, in the end the last; `rounded` is scratch.
+    `memory` and `normalizer` are the state so far, in the end the last. Scratch, for each head:
+    `rounded` is C in the dtype of the products' operands; of a block of rows, `scores` is S and
+    `reads` what h is a product of, both [columns, rows].
     """
-    step = pl.program_id(CHUNK_AXIS)
 
-    @pl.when(step == 0)
+    @pl.when(pl.program_id(CHUNK_AXIS) == 0)
     def _():
         memory[...] = memory0[...]
+        rounded[...] = memory0[0].astype(plan.dtype)
         normalizer[...] = normalizer0[...]
 
-    for head in range(plan.heads):
-        weights = _Gates(gates[0, head, 0])
-        queries, keys = (_Lanes(x, head, plan.q_dim) for x in (q, k))
-        values, outputs = (_Lanes(x, head, plan.v_dim) for x in (v, h))
-        state, sums = memory.at[0, head], normalizer.at[0, head]
-        rounded[head] = state[...].astype(plan.dtype)
-        for rows in _tiles(plan.chunk, LANES):
-            query = queries[rows, :]
-            read = _read(plan, weights, rows, query, keys[: rows.stop, :], sums[...])
-            scores = read.scores.astype(plan.dtype)
-            inverse = 1.0 / read.divisor
-            for columns in _tiles(plan.v_dim, plan.columns):
-                width = columns.stop - columns.start
-                recalled = _product(query, rounded[head, :, columns])
-                numerator = _product(scores, values[: rows.stop, columns])
-                numerator += _wide(read.recall, width) * recalled
-                outputs[rows, columns] = numerator * _wide(inverse, width)
-        factor = carry[0, 0, 0, head * pl.num_programs(CHUNK_AXIS) + step]
-        _write(plan, weights, factor, keys[:, :], values, state, sums)
+    def read_and_write(place, chunk):
+        for head in range(plan.heads):
+            of_head = gates[0, head, place]
+            by_column = _Columns(*_spread_by_products(of_head, _OF_COLUMNS))
+            queries, keys = (_Lanes(plan, x, place, head, plan.q_dim) for x in (q, k))
+            values, outputs = (_Lanes(plan, x, place, head, plan.v_dim) for x in (v, h))
+            state, sums, copy = memory.at[0, head], normalizer.at[0, head], rounded.at[head]
+            n = _parts(sums[...], plan.dtype)
+            for rows in _tiles(plan.chunk, LANES):
+                query = queries[rows, :]
+                read = _read(
+                    plan,
+                    *(of_head, by_column, rows, query, keys[: rows.stop, :], n),
+                    scores.at[head],
+                )
+                # What a row reads of the chunk and of the memory, in one product.
+                for columns in _tiles(rows.stop, _AT_A_TIME):
+                    read_ = scores[head, columns] * read.inverse
+                    reads[head, columns] = read_.astype(plan.dtype)
+                read_ = _float(query.T) * (read.recall * read.inverse)
+                stop = rows.stop + plan.q_dim
+                reads[head, rows.stop : stop] = read_.astype(plan.dtype)
+                turned = reads[head, :stop].T
+                for columns in _tiles(plan.v_dim, plan.columns):
+                    stored = _above(values[: rows.stop, columns], copy[:, columns])
+                    outputs[rows, columns] = _product(turned, stored)
+            factor = _carry(plan, carry, head, chunk)
+            _write(plan, of_head, factor, keys[:, :], values, state, sums, copy)
+
+    _walk(plan, False, read_and_write)
 
 
-def states_kernel(plan, carry, k, v, gates, memory0, normalizer0, states, sums, memory, normalizer):
-    """The states before each chunk; `memory` and `normalizer` are scratch."""
-    step = pl.program_id(CHUNK_AXIS)
+def states_kernel(
+    plan, carry, k, v, gates, memory0, normalizer0, states, sums, memory, normalizer, rounded
+):
+    """The states before each chunk; `memory`, `normalizer` and `rounded` are scratch."""
 
-    @pl.when(step == 0)
+    @pl.when(pl.program_id(CHUNK_AXIS) == 0)
     def _():
         memory[...] = memory0[0]
+        rounded[...] = memory0[0].astype(plan.dtype)
         normalizer[...] = normalizer0[0]
 
-    for head in range(plan.heads):
-        states[0, head, 0] = memory[head].astype(states.dtype)
-        sums[0, head, 0] = normalizer[head]
-        weights = _Gates(gates[0, head, 0])
-        keys, values = _Lanes(k, head, plan.q_dim), _Lanes(v, head, plan.v_dim)
-        factor = carry[0, 0, 0, head * pl.num_programs(CHUNK_AXIS) + step]
-        state = memory.at[head], normalizer.at[head]
-        _write(plan, weights, factor, keys[:, :], values, *state)
+    def write(place, chunk):
+        for head in range(plan.heads):
+            states[0, head, place] = rounded[head]
+            sums[0, head, place] = normalizer[head]
+            keys = _Lanes(plan, k, place, head, plan.q_dim)
+            values = _Lanes(plan, v, place, head, plan.v_dim)
+            factor = _carry(plan, carry, head, chunk)
+            state = memory.at[head], normalizer.at[head], rounded.at[head]
+            _write(plan, gates[0, head, place], factor, keys[:, :], values, *state)
+
+    _walk(plan, False, write)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scratch:
-    """Of the backward kernel, for each head, in the dtype of the products' operands.
+    """Of the backward kernel, for each head.
 
     Attributes:
-        scores, weights: S and P, [heads, L, L]; blocks above the diagonal are never written.
-        outputs: dH, [heads, L, Dv].
-        reads: g q, [heads, L, Dk].
+        scores: S / divisor, [heads, L, L], columns and rows; later columns stay unwritten. In the
+            dtype of the products' operands, as the following ones.
+        dweights: P, likewise.
+        reads: g q / divisor, [heads, Dk, L].
         rounded: dC, [heads, Dk, Dv].
+        block: of a block of rows, A, S and dS, and of all so far the cotangent of log A, summed
+            over blocks, [heads, 4, L, 128], in float32.
+        query: of a block of rows, q and its cotangent; n; [heads, 3, Dk, 128], likewise.
     """
 
     scores: Any
-    weights: Any
-    outputs: Any
+    dweights: Any
     reads: Any
     rounded: Any
+    block: Any
+    query: Any
 
 
 def backward_kernel(plan, carry, inputs, dstate0, outputs, dstate, scratch: Scratch):
@@ -309,28 +425,31 @@ def backward_kernel(plan, carry, inputs, dstate0, outputs, dstate, scratch: Scra
         dstate: cotangents of the state after the chunk; in the end of the first state.
         scratch: see there.
     """
-    step = pl.program_id(CHUNK_AXIS)
-    chunk = pl.num_programs(CHUNK_AXIS) - 1 - step
 
-    @pl.when(step == 0)
+    @pl.when(pl.program_id(CHUNK_AXIS) == 0)
     def _():
         for first, ref in zip(dstate0, dstate, strict=True):
             ref[...] = first[...]
+        scratch.rounded[...] = dstate0[0][0].astype(plan.dtype)
 
     q, k, v, gates, dh, states, sums = inputs
     dq, dk, dv, dgates, dcarry = outputs
-    for head in range(plan.heads):
-        _pull_back(
-            plan,
-            carry[0, 0, 0, head * pl.num_programs(CHUNK_AXIS) + chunk],
-            _Gates(gates[0, head, 0]),
-            tuple(_Lanes(x, head, plan.q_dim) for x in (q, k, dq, dk)),
-            tuple(_Lanes(x, head, plan.v_dim) for x in (v, dh, dv)),
-            (states.at[0, head, 0], sums[0, head, 0]),
-            tuple(x.at[0, head] for x in dstate),
-            (dgates.at[0, head, 0], dcarry.at[0, head, 0]),
-            Scratch(*(getattr(scratch, x.name).at[head] for x in dataclasses.fields(Scratch))),
-        )
+
+    def pull_back(place, chunk):
+        for head in range(plan.heads):
+            _pull_back(
+                plan,
+                _carry(plan, carry, head, chunk),
+                gates[0, head, place],
+                tuple(_Lanes(plan, x, place, head, plan.q_dim) for x in (q, k, dq, dk)),
+                tuple(_Lanes(plan, x, place, head, plan.v_dim) for x in (v, dh, dv)),
+                (states.at[0, head, place], sums[0, head, place]),
+                tuple(x.at[0, head] for x in dstate),
+                (dgates.at[0, head, place], dcarry.at[0, head, place]),
+                Scratch(*(getattr(scratch, x.name).at[head] for x in dataclasses.fields(Scratch))),
+            )
+
+    _walk(plan, True, pull_back)
 
 
 def _pull_back(plan, carry, gates, query_key, value, state, dstate, dgates, scratch) -> None:
@@ -341,80 +460,106 @@ def _pull_back(plan, carry, gates, query_key, value, state, dstate, dgates, scra
     dmemory, dnormalizer = dstate
     dgates, dcarry = dgates
     blocks = _tiles(plan.chunk, LANES)
-    eye = lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0) == lax.broadcasted_iota(
-        jnp.int32, (LANES, LANES), 1
-    )
-
-    def along_lanes(column: Array) -> Array:
-        """[128, 128] of equal lanes -> [1, 128]."""
-        return jnp.sum(jnp.where(eye, column, 0.0), axis=0, keepdims=True)
-
-    def store(name: int, columns: slice, row: Array) -> None:
-        dgates[name : name + 1, columns] = row
 
     # Through h, block of rows by block of rows.
-    dcolumns = [jnp.zeros((1, LANES), jnp.float32)] * len(blocks)
-    dn = carry * dnormalizer[...]
+    keys = k[:, :].T
+    by_column = _Columns(*(_spread(gates, name) for name in _OF_COLUMNS))
+    parts, dsums = _parts(n, plan.dtype), []
+    weights, scores, dscores, dcolumns = (scratch.block.at[index] for index in range(4))
+    turned, recalled, n_column = (scratch.query.at[index] for index in range(3))
+    if plan.normalized:
+        n_column[...] = _spread(jnp.broadcast_to(n, (8, plan.q_dim)), 0)
     for rows in blocks:
-        read = _read(plan, gates, rows, q[rows, :], k[: rows.stop, :], n)
-        inverse = 1.0 / read.divisor
-        dnumerator = (_float(dh[rows, :]) * _wide(inverse, plan.v_dim)).astype(plan.dtype)
-        scratch.outputs[rows, :] = dnumerator
-        reads = _wide(read.recall, plan.q_dim) * read.query
-        scratch.reads[rows, :] = reads.astype(plan.dtype)
-        scratch.scores[rows, : rows.stop] = read.scores.astype(plan.dtype)
+        stop = rows.stop
+        query = q[rows, :]
+        read = _read(plan, *(gates, by_column, rows, query, k[:stop, :], parts), scores, weights)
+        turned[...] = _float(query.T)
+        scratch.reads[:, rows] = (turned[...] * (read.recall * read.inverse)).astype(plan.dtype)
 
-        dscores = _inner(dnumerator, v[: rows.stop, :])
-        drecalled = _inner(dnumerator, memory[...])
-        dlog_weights = read.scores * dscores
+        through = _inner(_above(v[:stop, :], memory[...]), dh[rows, :])
+        total = jnp.zeros_like(read.recall)
+        for columns in _tiles(stop, _AT_A_TIME):
+            dscore = through[columns] * read.inverse
+            total += _down(scores[columns] * dscore)
+            dscores[columns] = dscore
+        for features in _tiles(plan.q_dim, _AT_A_TIME):
+            through_memory = through[stop + features.start : stop + features.stop]
+            recalled[features] = through_memory * (read.recall * read.inverse)
+            total += _down(turned[features] * recalled[features])
+        dd = jnp.zeros_like(total)
         if plan.normalized:
-            floor = gates.column(FLOOR, rows)
+            floor = _row(gates, FLOOR, rows)
             slope = jnp.where(jnp.abs(read.denominator) > floor, jnp.sign(read.denominator), 0.0)
-            total = _row_sum(_fold(dlog_weights) + _fold(reads * drecalled))
-            dd = -total * inverse * slope
-            dlog_weights += read.scores * _wide(dd, rows.stop)
-            dscores += _wide(dd, rows.stop)
-            drecalled += _wide(dd, plan.q_dim) * n
-            dn += jnp.sum(_wide(dd, plan.q_dim) * reads, axis=0, keepdims=True)
-        dweights = (read.weights * dscores).astype(plan.dtype)
-        scratch.weights[rows, : rows.stop] = dweights
-        from_memory = _wide(read.recall, plan.q_dim) * drecalled
-        dq[rows, :] = _product(dweights, k[: rows.stop, :]) + from_memory
+            dd = -total * read.inverse * slope
+            dsums.append(read.recall * dd)
 
-        own = dlog_weights[:, rows]
-        store(D_OWN, rows, jnp.sum(jnp.where(eye, own, 0.0), axis=0, keepdims=True))
-        below = jnp.where(_below(rows, rows, strictly=True), own, 0.0)
-        earlier = [dlog_weights[:, columns] for columns in blocks if columns.stop < rows.stop]
-        for index, block in enumerate([*earlier, below]):
-            dcolumns[index] += jnp.sum(block, axis=0, keepdims=True)
-        total = sum(earlier, below) + _fold(read.query * from_memory)
-        store(D_ROW, rows, along_lanes(_row_sum(total)))
+        drow = jnp.zeros_like(total)
+        down = jnp.zeros_like(total)
+        for columns in _tiles(stop, _AT_A_TIME):
+            score, dscore = scores[columns], dscores[columns] + dd
+            scratch.scores[columns, rows] = (score * read.inverse).astype(plan.dtype)
+            scratch.dweights[columns, rows] = (weights[columns] * dscore).astype(plan.dtype)
+            dlog_weights = score * dscore
+            if columns.stop > rows.start:
+                own = _on_diagonal(columns, rows)
+                down += _down(jnp.where(own, dlog_weights, 0.0))
+                dlog_weights = jnp.where(own, 0.0, dlog_weights)
+                dcolumns[columns] = dlog_weights
+            else:
+                dcolumns[columns] += dlog_weights
+            drow += _down(dlog_weights)
+        inside = _product(keys[:, :stop], scratch.dweights[:stop, rows])
+        for features in _tiles(plan.q_dim, _AT_A_TIME):
+            dquery = recalled[features]
+            if plan.normalized:
+                dquery += n_column[features] * (read.recall * dd)
+            drow += _down(turned[features] * dquery)
+            recalled[features] = inside[features] + dquery
+        dq[rows, :] = recalled[...].astype(plan.dtype).T
+        dgates[D_OWN : D_OWN + 1, rows] = down
+        dgates[D_ROW : D_ROW + 1, rows] = drow
 
     # Through the state after the chunk, block of columns by block of columns.
-    scratch.rounded[...] = dmemory[...].astype(plan.dtype)
-    for columns, dcolumn in zip(blocks, dcolumns, strict=True):
+    kept = _spread(gates, KEPT)
+    dn = carry * dnormalizer[...]
+    ones = jnp.ones((_PARTS, plan.q_dim), plan.dtype)
+    for columns in blocks:
         later = slice(columns.start, plan.chunk)
-        kept, key = gates.column(KEPT, columns), k[columns, :]
+        key, kept_wide = _float(k[columns, :]), _wide(kept[columns], plan.q_dim)
+        dweights = scratch.dweights[columns, later]
+        if plan.normalized and columns.start == 0:
+            dweights = _above(dweights, _parts(jnp.concatenate(dsums, axis=1), plan.dtype))
+        inside = _product(dweights, q[later, :])
+        dn += _down(inside[LANES:]) if inside.shape[0] > LANES else 0.0
         written = _inner(v[columns, :], scratch.rounded[...]) + dnormalizer[...]
-        written *= _wide(kept, plan.q_dim)
-        dk[columns, :] = written + _outer(scratch.weights[later, columns], q[later, :])
-        store(D_COLUMN, columns, dcolumn)
-        store(D_KEPT, columns, along_lanes(_row_sum(_fold(written * _float(key)))))
+        written *= kept_wide
+        dk[columns, :] = inside[:LANES] + written
+        dkept = _inner(ones, (written * key).astype(plan.dtype))
+        dgates[D_KEPT : D_KEPT + 1, columns] = dkept[:1]
+        dgates[D_COLUMN : D_COLUMN + 1, columns] = _along_lanes(dcolumns[columns])
+        # What reads a column, in the chunk and behind it, in one product.
+        reads = scratch.scores[columns, later], (kept_wide * key).astype(plan.dtype)
+        reads = jnp.concatenate(reads, axis=1)
         for lanes in _tiles(plan.v_dim, plan.columns):
-            through_state = _product(key, scratch.rounded[:, lanes])
-            through_state *= _wide(kept, lanes.stop - lanes.start)
-            inside = _outer(scratch.scores[later, columns], scratch.outputs[later, lanes])
-            dv[columns, lanes] = inside + through_state
+            dv[columns, lanes] = _product(
+                reads, _above(dh[later, lanes], scratch.rounded[:, lanes])
+            )
 
     # To the state before the chunk.
     dlog_carry = _fold(carry * dnormalizer[...] * n)
     for rows in _tiles(plan.q_dim, LANES):
         for lanes in _tiles(plan.v_dim, plan.columns):
             passed = carry * dmemory[rows, lanes]
-            product = jnp.sum(passed * _float(memory[rows, lanes]), axis=0, keepdims=True)
-            dlog_carry += _fold(product)
-            dmemory[rows, lanes] = passed + _outer(
-                scratch.reads[:, rows], scratch.outputs[:, lanes]
-            )
+            dlog_carry += _fold(_down(passed * _float(memory[rows, lanes])))
+            passed += _product(scratch.reads[rows, :], dh[:, lanes])
+            dmemory[rows, lanes] = passed
+            scratch.rounded[rows, lanes] = passed.astype(plan.dtype)
     dnormalizer[...] = dn
     dcarry[...] = dlog_carry
+
+
+def _along_lanes(block: Array) -> Array:
+    """Sums over the lanes of a block [128, 128], one beside the other [1, 128]."""
+    sums = jnp.broadcast_to(jnp.sum(block, axis=1, keepdims=True), block.shape)
+    own = _on_diagonal(slice(0, LANES), slice(0, LANES))
+    return _down(jnp.where(own, sums, 0.0))
