@@ -75,6 +75,19 @@ def reach_of(block_size: int, lookback: int | None) -> int:
     return 1 if lookback is None else (lookback + 1) * block_size
 
 
+def tokens_before(x: Array, count: int, parts: int) -> Array:
+    """Return the `count` tokens before this device's [B, t, ...], zeros where there are none.
+
+    One `ppermute` for each device that they come from: for each of t tokens.
+    """
+    time = x.shape[1]
+    found = []
+    for hop in range(1, -(-count // time) + 1):
+        last = x[:, max(0, hop * time - count) :]
+        found.append(lax.ppermute(last, SEQUENCE_AXIS, [(i, i + hop) for i in range(parts - hop)]))
+    return jnp.concatenate(found[::-1], axis=1)
+
+
 def over_mesh(
     recurrence: Recurrence,
     split: Split,

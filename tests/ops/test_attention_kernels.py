@@ -1,12 +1,14 @@
 """Which attention kernels are picked on a GPU without tokamax; jax.nn stands in for cuDNN."""
 
 import dataclasses
+import functools
 import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mesh_cases import mesh_of
 
 from swr_jax.ops import attention
 from swr_jax.ops import reference as ref
@@ -66,6 +68,24 @@ def test_a_gpu_without_tokamax_has_fused_attention(calls_of_cudnn, window):
     assert calls_of_cudnn == [expected]
     assert ref.relative_rms(actual, dense_attention(q, k, v, window)) < 1e-2
     assert attention.implementation_of(q, window=window) == "cudnn"
+
+
+@pytest.mark.parametrize("window", [4, 7, 11])
+def test_a_split_sequence_has_fused_attention(request, window):
+    """Plain causal windows for cuDNN, whatever a device has from the left: 8 tokens are its own."""
+    q, k, v = inputs(32)
+    mesh = mesh_of(2, 1, 1, 4)
+    calls = request.getfixturevalue("calls_of_cudnn")  # From here on devices are a fake.
+    with jax.set_mesh(mesh):
+        attend = functools.partial(sliding_window_attention, window=window)
+        out, pull = jax.vjp(jax.jit(attend), q, k, v)
+        gradients = pull(out)
+    expected = {"local_window_size": (window - 1, 0), "implementation": "cudnn"}
+    assert calls == [{"is_causal": True} | expected]
+    assert ref.relative_rms(out, dense_attention(q, k, v, window)) < 1e-2
+    wanted = jax.vjp(lambda *x: sliding_window_attention(*x, window=window), q, k, v)[1](out)
+    for x, one_device in zip(gradients, wanted, strict=True):
+        assert ref.relative_rms(x, np.asarray(one_device, np.float64)) < 1e-2
 
 
 def test_what_cudnn_cannot_do_goes_to_xla(calls_of_cudnn, monkeypatch):

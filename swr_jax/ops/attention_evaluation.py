@@ -1,0 +1,137 @@
+"""Validated attention by each of the implementations: XLA, cuDNN, tokamax's kernels.
+
+Each attends the last T of S tokens, plain or with a part of the sequence before them that another
+device has handed on; see `attention_blocks` for what `start` says of it.
+"""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+
+from swr_jax.ops.attention_blocks import Start, blocks, causal, realigned
+
+
+def pick(q, k, v, window, segment_ids, start: Start | None = None) -> tuple[str, jax.Array]:
+    """Return what the best implementation here computes, and its name."""
+    for name in _kernels(q, k, window, segment_ids, start):
+        try:
+            return name, run(q, k, v, window, segment_ids, name, start)
+        except (RuntimeError, ExceptionGroup):
+            # By tokamax where none of its kernels takes these shapes or this mask
+            # (NotImplementedError is a RuntimeError), by JAX where the cuDNN library is missing.
+            continue
+    return "xla", run(q, k, v, window, segment_ids, "xla", start)
+
+
+def run(q, k, v, window, segment_ids, implementation: str, start: Start | None = None) -> jax.Array:
+    """Call one implementation, through its own causal path where it has one for these arguments."""
+    # On TPU tokamax's kernel knows no window; the blocks below give it one.
+    knows_windows = implementation == "cudnn" or (
+        implementation == "tokamax" and jax.default_backend() == "gpu"
+    )
+    plain = {"cudnn": _cudnn, "tokamax": _tokamax}.get(implementation)
+    if plain is not None and (window is None or knows_windows):
+
+        def attend_plain(q, k, v):
+            return plain(q, k, v, is_causal=True, window=window)
+
+        if _is_plain(q, k, segment_ids, start):
+            return attend_plain(q, k, v)
+        if _has_plain_halo(window, segment_ids, start):
+            return realigned(q, k, v, start, attend_plain)
+    attend = {"cudnn": _attend_cudnn, "tokamax": _attend_tokamax, "xla": attend_xla}
+    arrange = causal if window is None or q.shape[1] <= window else blocks
+    start = 0 if start is None else start
+    return arrange(q, k, v, window, segment_ids, attend[implementation], start)
+
+
+def may_use_kernels(q, implementation: str | None) -> bool:
+    """Whether `pick`, or `run` with a name given, may call a kernel of another library."""
+    if implementation is None:
+        # Kernels' float32 products are not float32 everywhere.
+        return jax.default_backend() != "cpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+    return implementation != "xla"
+
+
+def _is_plain(q, k, segment_ids, start) -> bool:
+    return segment_ids is None and start is None and q.shape[1] == k.shape[1]
+
+
+def _has_plain_halo(window, segment_ids, start) -> bool:
+    """Whether the keys before a window's queries can be had by `realigned`."""
+    return segment_ids is None and start is not None and window is not None
+
+
+def attend_xla(q, k, v, mask) -> jax.Array:
+    """Attend under a mask [B, 1, T, S] in plain JAX, logits and all: for few queries."""
+    dtype = q.dtype
+    if dtype == jnp.float16 and jax.default_backend() != "gpu":
+        # jax.nn asks for a float16 product accumulated in float32, which only GPUs have.
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla").astype(dtype)
+
+
+def _attend_cudnn(q, k, v, mask) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+
+
+def _cudnn(q, k, v, *, is_causal: bool, window: int | None) -> jax.Array:
+    size = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=is_causal, local_window_size=size, implementation="cudnn"
+    )
+
+
+def _attend_tokamax(q, k, v, mask) -> jax.Array:
+    return _tokamax(q, k, v, mask=mask)
+
+
+def _tokamax(q, k, v, *, mask=None, is_causal: bool = False, window: int | None = None):
+    import tokamax  # heavy, and of no use to who runs recurrences only
+
+    # Its quadratic "xla" is left out on purpose: ours does the same in linear memory.
+    platform = jax.default_backend()
+    if platform == "gpu":
+        # On other GPUs Mosaic would run forward and then find that it has no backward.
+        has_mosaic = jax.devices()[0].compute_capability in ("9.0", "10.0")
+        implementation = ("mosaic", "triton") if has_mosaic else ("triton",)
+    else:
+        implementation = ("mosaic",) if platform == "tpu" else ("xla_chunked",)
+    return tokamax.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=is_causal,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
+    )
+
+
+def _kernels(q, k, window, segment_ids, start) -> tuple[str, ...]:
+    """Name the attention kernels that may be better than XLA for these arguments, here and now."""
+    if not may_use_kernels(q, None):
+        return ()
+    # The compiler cannot split a kernel: outside shard_map it would gather its operands first.
+    mesh = jax.sharding.get_abstract_mesh()
+    if jax.device_count() > 1 and (mesh.empty or not mesh.are_all_axes_manual):
+        return ()
+    names = () if importlib.util.find_spec("tokamax") is None else ("tokamax",)
+    # Any other mask than a causal window would have to be written out for cuDNN.
+    plain = _is_plain(q, k, segment_ids, start) or _has_plain_halo(window, segment_ids, start)
+    features = q.shape[3]
+    if plain and features % 8 == 0 and features <= 128 and _has_cudnn_kernels():
+        names = (*names, "cudnn")
+    return names
+
+
+def _has_cudnn_kernels() -> bool:
+    """Whether cuDNN has attention for the default device: an NVIDIA GPU from Ampere on."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "")
+    return (
+        device.platform == "gpu"
+        and capability.split(".")[0].isdigit()
+        and (int(capability.split(".")[0]) >= 8)
+    )
