@@ -189,7 +189,7 @@ def backward(
     def body(carry, *refs):
         refs = iter(refs)
         inputs, dstate0, outputs, dstate, scratch = (
-            tuple(itertools.islice(refs, count)) for count in (7, 2, 5, 2, 6)
+            tuple(itertools.islice(refs, count)) for count in (7, 2, 5, 2, 7)
         )
         backward_kernel(plan, carry, inputs, dstate0, outputs, dstate, Scratch(*scratch))
 
@@ -229,6 +229,7 @@ def backward(
                 (plan.dtype, plan.q_dim, plan.v_dim),
                 (jnp.float32, 4, plan.chunk, LANES),
                 (jnp.float32, 3, plan.q_dim, LANES),
+                (jnp.float32, 8, plan.chunk),
             )
         ],
         products=(3, 2, 4),

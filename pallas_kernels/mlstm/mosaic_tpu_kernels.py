@@ -412,6 +412,7 @@ class Scratch:
     rounded: Any
     block: Any
     query: Any
+    rows: Any
 
 
 def backward_kernel(plan, carry, inputs, dstate0, outputs, dstate, scratch: Scratch):
@@ -436,126 +437,183 @@ def backward_kernel(plan, carry, inputs, dstate0, outputs, dstate, scratch: Scra
     dq, dk, dv, dgates, dcarry = outputs
 
     def pull_back(place, chunk):
-        for head in range(plan.heads):
-            _pull_back(
+        chunks = [
+            _Chunk(
                 plan,
                 _carry(plan, carry, head, chunk),
-                gates[0, head, place],
-                tuple(_Lanes(plan, x, place, head, plan.q_dim) for x in (q, k, dq, dk)),
-                tuple(_Lanes(plan, x, place, head, plan.v_dim) for x in (v, dh, dv)),
-                (states.at[0, head, place], sums[0, head, place]),
-                tuple(x.at[0, head] for x in dstate),
-                (dgates.at[0, head, place], dcarry.at[0, head, place]),
+                gates.at[0, head, place],
+                *(_Lanes(plan, x, place, head, plan.q_dim) for x in (q, k, dq, dk)),
+                *(_Lanes(plan, x, place, head, plan.v_dim) for x in (v, dh, dv)),
+                *(states.at[0, head, place], sums.at[0, head, place]),
+                *(x.at[0, head] for x in dstate),
+                *(dgates.at[0, head, place], dcarry.at[0, head, place]),
                 Scratch(*(getattr(scratch, x.name).at[head] for x in dataclasses.fields(Scratch))),
             )
+            for head in range(plan.heads)
+        ]
+        # What is of one head lies between what is of another: each fills the other's waiting time.
+        for phase in _phases(plan):
+            for head in chunks:
+                phase(head)
 
     _walk(plan, True, pull_back)
 
 
-def _pull_back(plan, carry, gates, query_key, value, state, dstate, dgates, scratch) -> None:
-    """Cotangents of one head's chunk."""
-    q, k, dq, dk = query_key
-    v, dh, dv = value
-    memory, n = state
-    dmemory, dnormalizer = dstate
-    dgates, dcarry = dgates
+def _phases(plan: Plan) -> list[Callable[["_Chunk"], None]]:
+    """What the backward pass of a chunk consists of, in order."""
     blocks = _tiles(plan.chunk, LANES)
+    by_rows = (_read_rows, _pull_back_rows, _pull_back_queries)
+    return [
+        *(functools.partial(phase, rows) for rows in blocks for phase in by_rows),
+        *(functools.partial(_pull_back_columns, columns) for columns in blocks),
+        _pull_back_state,
+    ]
 
-    # Through h, block of rows by block of rows.
-    keys = k[:, :].T
+
+class _Chunk(NamedTuple):
+    """One head's chunk in the backward pass, and the access to all that belongs to it."""
+
+    plan: Plan
+    carry: Array
+    gates: Any
+    q: _Lanes
+    k: _Lanes
+    dq: _Lanes
+    dk: _Lanes
+    v: _Lanes
+    dh: _Lanes
+    dv: _Lanes
+    memory: Any
+    normalizer: Any
+    dmemory: Any
+    dnormalizer: Any
+    dgates: Any
+    dcarry: Any
+    scratch: Scratch
+
+
+# Rows of what is kept of rows.
+_INVERSE, _SLOPE, _DSUM = range(3)
+
+
+def _read_rows(rows: slice, x: _Chunk) -> None:
+    """Leave what a block of rows reads: A, S, and how d depends on them."""
+    plan, scratch, gates = x.plan, x.scratch, x.gates[...]
     by_column = _Columns(*(_spread(gates, name) for name in _OF_COLUMNS))
-    parts, dsums = _parts(n, plan.dtype), []
+    weights, scores, *_ = (scratch.block.at[index] for index in range(4))
+    query = x.q[rows, :]
+    parts = _parts(x.normalizer[...], plan.dtype)
+    read = _read(
+        plan, *(gates, by_column, rows, query, x.k[: rows.stop, :], parts), scores, weights
+    )
+    scratch.rows[_INVERSE : _INVERSE + 1, rows] = read.inverse
+    if plan.normalized:
+        floor = _row(gates, FLOOR, rows)
+        slope = jnp.where(jnp.abs(read.denominator) > floor, jnp.sign(read.denominator), 0.0)
+        scratch.rows[_SLOPE : _SLOPE + 1, rows] = slope
+    turned = _float(query.T)
+    scratch.query[0] = turned
+    scratch.reads[:, rows] = (turned * (read.recall * read.inverse)).astype(plan.dtype)
+
+
+def _pull_back_rows(rows: slice, x: _Chunk) -> None:
+    """Through h to A and to what a block of rows recalls."""
+    plan, scratch, stop = x.plan, x.scratch, rows.stop
     weights, scores, dscores, dcolumns = (scratch.block.at[index] for index in range(4))
     turned, recalled, n_column = (scratch.query.at[index] for index in range(3))
+    recall, inverse = _row(x.gates, RECALL, rows), _row(scratch.rows, _INVERSE, rows)
+    through = _inner(_above(x.v[:stop, :], x.memory[...]), x.dh[rows, :])
+    total = jnp.zeros_like(inverse)
+    for columns in _tiles(stop, _AT_A_TIME):
+        total += _down(scores[columns] * through[columns])
+        dscores[columns] = through[columns]
+    for features in _tiles(plan.q_dim, _AT_A_TIME):
+        through_memory = through[stop + features.start : stop + features.stop]
+        recalled[features] = through_memory
+        total += recall * _down(turned[features] * through_memory)
+    dd = jnp.zeros_like(total)
     if plan.normalized:
-        n_column[...] = _spread(jnp.broadcast_to(n, (8, plan.q_dim)), 0)
-    for rows in blocks:
-        stop = rows.stop
-        query = q[rows, :]
-        read = _read(plan, *(gates, by_column, rows, query, k[:stop, :], parts), scores, weights)
-        turned[...] = _float(query.T)
-        scratch.reads[:, rows] = (turned[...] * (read.recall * read.inverse)).astype(plan.dtype)
+        dd = -total * (inverse * inverse) * _row(scratch.rows, _SLOPE, rows)
+        scratch.rows[_DSUM : _DSUM + 1, rows] = recall * dd
 
-        through = _inner(_above(v[:stop, :], memory[...]), dh[rows, :])
-        total = jnp.zeros_like(read.recall)
-        for columns in _tiles(stop, _AT_A_TIME):
-            dscore = through[columns] * read.inverse
-            total += _down(scores[columns] * dscore)
-            dscores[columns] = dscore
-        for features in _tiles(plan.q_dim, _AT_A_TIME):
-            through_memory = through[stop + features.start : stop + features.stop]
-            recalled[features] = through_memory * (read.recall * read.inverse)
-            total += _down(turned[features] * recalled[features])
-        dd = jnp.zeros_like(total)
+    drow = jnp.zeros_like(total)
+    down = jnp.zeros_like(total)
+    for columns in _tiles(stop, _AT_A_TIME):
+        score, dscore = scores[columns], dscores[columns] * inverse + dd
+        scratch.scores[columns, rows] = (score * inverse).astype(plan.dtype)
+        scratch.dweights[columns, rows] = (weights[columns] * dscore).astype(plan.dtype)
+        dlog_weights = score * dscore
+        if columns.stop > rows.start:
+            own = _on_diagonal(columns, rows)
+            down += _down(jnp.where(own, dlog_weights, 0.0))
+            dlog_weights = jnp.where(own, 0.0, dlog_weights)
+            dcolumns[columns] = dlog_weights
+        else:
+            dcolumns[columns] += dlog_weights
+        drow += _down(dlog_weights)
+    x.dgates[D_OWN : D_OWN + 1, rows] = down
+    x.dgates[D_ROW : D_ROW + 1, rows] = drow
+
+
+def _pull_back_queries(rows: slice, x: _Chunk) -> None:
+    """Queries of a block of rows, and the sums of their part in what is recalled."""
+    plan, scratch, stop = x.plan, x.scratch, rows.stop
+    turned, recalled, _ = (scratch.query.at[index] for index in range(3))
+    recall, inverse = _row(x.gates, RECALL, rows), _row(scratch.rows, _INVERSE, rows)
+    if plan.normalized:
+        n_column = _spread(jnp.broadcast_to(x.normalizer[...], (8, plan.q_dim)), 0)
+        dsum = _row(scratch.rows, _DSUM, rows)
+    inside = _product(x.k[:stop, :].T, scratch.dweights[:stop, rows])
+    drow = x.dgates[D_ROW : D_ROW + 1, rows]
+    for features in _tiles(plan.q_dim, _AT_A_TIME):
+        dquery = recalled[features] * (recall * inverse)
         if plan.normalized:
-            floor = _row(gates, FLOOR, rows)
-            slope = jnp.where(jnp.abs(read.denominator) > floor, jnp.sign(read.denominator), 0.0)
-            dd = -total * read.inverse * slope
-            dsums.append(read.recall * dd)
+            dquery += n_column[features] * dsum
+        drow += _down(turned[features] * dquery)
+        recalled[features] = inside[features] + dquery
+    x.dq[rows, :] = recalled[...].astype(plan.dtype).T
+    x.dgates[D_ROW : D_ROW + 1, rows] = drow
 
-        drow = jnp.zeros_like(total)
-        down = jnp.zeros_like(total)
-        for columns in _tiles(stop, _AT_A_TIME):
-            score, dscore = scores[columns], dscores[columns] + dd
-            scratch.scores[columns, rows] = (score * read.inverse).astype(plan.dtype)
-            scratch.dweights[columns, rows] = (weights[columns] * dscore).astype(plan.dtype)
-            dlog_weights = score * dscore
-            if columns.stop > rows.start:
-                own = _on_diagonal(columns, rows)
-                down += _down(jnp.where(own, dlog_weights, 0.0))
-                dlog_weights = jnp.where(own, 0.0, dlog_weights)
-                dcolumns[columns] = dlog_weights
-            else:
-                dcolumns[columns] += dlog_weights
-            drow += _down(dlog_weights)
-        inside = _product(keys[:, :stop], scratch.dweights[:stop, rows])
-        for features in _tiles(plan.q_dim, _AT_A_TIME):
-            dquery = recalled[features]
-            if plan.normalized:
-                dquery += n_column[features] * (read.recall * dd)
-            drow += _down(turned[features] * dquery)
-            recalled[features] = inside[features] + dquery
-        dq[rows, :] = recalled[...].astype(plan.dtype).T
-        dgates[D_OWN : D_OWN + 1, rows] = down
-        dgates[D_ROW : D_ROW + 1, rows] = drow
 
-    # Through the state after the chunk, block of columns by block of columns.
-    kept = _spread(gates, KEPT)
-    dn = carry * dnormalizer[...]
+def _pull_back_columns(columns: slice, x: _Chunk) -> None:
+    """Keys and values of a block of columns, through the chunk and the state after it."""
+    plan, scratch = x.plan, x.scratch
+    kept = _wide(_spread(x.gates[:, columns], KEPT), plan.q_dim)
     ones = jnp.ones((_PARTS, plan.q_dim), plan.dtype)
-    for columns in blocks:
-        later = slice(columns.start, plan.chunk)
-        key, kept_wide = _float(k[columns, :]), _wide(kept[columns], plan.q_dim)
-        dweights = scratch.dweights[columns, later]
-        if plan.normalized and columns.start == 0:
-            dweights = _above(dweights, _parts(jnp.concatenate(dsums, axis=1), plan.dtype))
-        inside = _product(dweights, q[later, :])
-        dn += _down(inside[LANES:]) if inside.shape[0] > LANES else 0.0
-        written = _inner(v[columns, :], scratch.rounded[...]) + dnormalizer[...]
-        written *= kept_wide
-        dk[columns, :] = inside[:LANES] + written
-        dkept = _inner(ones, (written * key).astype(plan.dtype))
-        dgates[D_KEPT : D_KEPT + 1, columns] = dkept[:1]
-        dgates[D_COLUMN : D_COLUMN + 1, columns] = _along_lanes(dcolumns[columns])
-        # What reads a column, in the chunk and behind it, in one product.
-        reads = scratch.scores[columns, later], (kept_wide * key).astype(plan.dtype)
-        reads = jnp.concatenate(reads, axis=1)
-        for lanes in _tiles(plan.v_dim, plan.columns):
-            dv[columns, lanes] = _product(
-                reads, _above(dh[later, lanes], scratch.rounded[:, lanes])
-            )
+    later = slice(columns.start, plan.chunk)
+    key, query = _float(x.k[columns, :]), x.q[later, :]
+    inside = _product(scratch.dweights[columns, later], query)
+    written = _inner(x.v[columns, :], scratch.rounded[...]) + x.dnormalizer[...]
+    written *= kept
+    x.dk[columns, :] = inside + written
+    dkept = _inner(ones, (written * key).astype(plan.dtype))
+    x.dgates[D_KEPT : D_KEPT + 1, columns] = dkept[:1]
+    x.dgates[D_COLUMN : D_COLUMN + 1, columns] = _along_lanes(scratch.block[3, columns])
+    # What reads a column, in the chunk and behind it, in one product.
+    reads = scratch.scores[columns, later], (kept * key).astype(plan.dtype)
+    reads = jnp.concatenate(reads, axis=1)
+    for lanes in _tiles(plan.v_dim, plan.columns):
+        stored = _above(x.dh[later, lanes], scratch.rounded[:, lanes])
+        x.dv[columns, lanes] = _product(reads, stored)
 
-    # To the state before the chunk.
-    dlog_carry = _fold(carry * dnormalizer[...] * n)
+
+def _pull_back_state(x: _Chunk) -> None:
+    """To the state before the chunk."""
+    plan, scratch = x.plan, x.scratch
+    dlog_carry = _fold(x.carry * x.dnormalizer[...] * x.normalizer[...])
     for rows in _tiles(plan.q_dim, LANES):
         for lanes in _tiles(plan.v_dim, plan.columns):
-            passed = carry * dmemory[rows, lanes]
-            dlog_carry += _fold(_down(passed * _float(memory[rows, lanes])))
-            passed += _product(scratch.reads[rows, :], dh[:, lanes])
-            dmemory[rows, lanes] = passed
+            passed = x.carry * x.dmemory[rows, lanes]
+            dlog_carry += _fold(_down(passed * _float(x.memory[rows, lanes])))
+            passed += _product(scratch.reads[rows, :], x.dh[:, lanes])
+            x.dmemory[rows, lanes] = passed
             scratch.rounded[rows, lanes] = passed.astype(plan.dtype)
-    dnormalizer[...] = dn
-    dcarry[...] = dlog_carry
+    dn = x.carry * x.dnormalizer[...]
+    if plan.normalized:
+        dsum = _parts(scratch.rows[_DSUM : _DSUM + 1, :], plan.dtype)
+        dn += _down(_product(dsum, x.q[:, :]))
+    x.dnormalizer[...] = dn
+    x.dcarry[...] = dlog_carry
 
 
 def _along_lanes(block: Array) -> Array:
