@@ -1,0 +1,302 @@
+"""Long token streams through a language model in chunks, with carried state.
+
+Notation: B streams side by side, C tokens per chunk, V size of the vocabulary. A chunk costs the
+same memory wherever it stands in its stream: C · V logits per stream, and the model's state. That
+state does not grow but for full attention, whose cache holds every token; `bounded_attention` gives
+such a model a window instead.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from swr_jax.nn.language_model import LanguageModel
+
+# What is left of a prompt after its whole chunks is read in pieces, each size this many times
+# smaller than the one before, down to single tokens: few compiled sizes serve any length.
+_FINER = 8
+# The shortest chunk.
+_SHORTEST = 16
+# Tokens decoded between two looks at whether all answers have ended.
+_DECODED = 16
+# The shortest stream that full attention makes room for; longer ones take powers of two.
+_SHORTEST_CACHE = 256
+
+
+Progress = Callable[[int], object]
+
+
+def ignore(_: int) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What a model said of one row of n + 1 tokens.
+
+    Attributes:
+        log_probs: float32 [n], natural logarithm of the probability of each token but the first,
+            given all before it.
+        predicted: int32 [n], the likeliest token in its place.
+    """
+
+    log_probs: np.ndarray
+    predicted: np.ndarray
+
+
+class Streamer:
+    """Scores and continues token streams of any length in memory that one chunk decides.
+
+    Logits, log-probabilities and the choice of the likeliest token are float32.
+
+    Args:
+        model: a language model, on one device.
+        chunk_size: tokens C read at once; a power of two of at least 16.
+        batch_size: streams B side by side.
+
+    Raises:
+        ValueError: sizes out of range.
+    """
+
+    def __init__(self, model: LanguageModel, *, chunk_size: int = 512, batch_size: int = 8):
+        if chunk_size < _SHORTEST or chunk_size & (chunk_size - 1):
+            raise ValueError(
+                f"chunk_size={chunk_size}; it must be a power of two of at least {_SHORTEST}"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}; it must be at least 1")
+        self.model = model
+        self.chunk_size = chunk_size
+        self.batch_size = batch_size
+        self._graphdef, self._params = nnx.split(model)
+        self._programs: dict[tuple[int, int, int], jax.stages.Compiled] = {}
+
+    def score(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        progress: Progress = ignore,
+    ) -> list[Scores]:
+        """Score each token of each row but the first, rows of similar length side by side.
+
+        Args:
+            rows: token ids, at least two in each.
+            progress: called with the number of tokens just scored.
+
+        Raises:
+            ValueError: a row with fewer than two tokens.
+        """
+        for number, row in enumerate(rows):
+            if len(row) < 2:
+                raise ValueError(
+                    f"row {number} has {len(row)} tokens; scoring needs at least 2: begin rows "
+                    "with the tokenizer's bos_id"
+                )
+        results: list[Scores | None] = [None] * len(rows)
+        order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
+        width = min(self.batch_size, len(rows))
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            found = self._score_batch([rows[n] for n in batch], width, progress)
+            for number, scores in zip(batch, found, strict=True):
+                results[number] = scores
+        return results
+
+    def _score_batch(self, rows: list[Sequence[int]], width: int, progress) -> list[Scores]:
+        lengths = [len(row) - 1 for row in rows]
+        longest = max(lengths)
+        sizes = [self.chunk_size] * (longest // self.chunk_size)
+        if rest := longest % self.chunk_size:
+            sizes.append(max(_SHORTEST, 1 << (rest - 1).bit_length()))
+        padded = np.zeros((width, sum(sizes) + 1), np.int32)
+        for tokens, row in zip(padded, rows, strict=False):
+            tokens[: len(row)] = row
+        state = self._init_state(width, sum(sizes))
+        programs = {size: self._score_program(width, size, sum(sizes)) for size in set(sizes)}
+        log_probs, predicted, start = [], [], 0
+        for size in sizes:
+            tokens, targets = (padded[:, start + i : start + i + size] for i in (0, 1))
+            state, *found = programs[size](self._params, state, tokens, targets)
+            log_probs.append(np.asarray(found[0]))
+            predicted.append(np.asarray(found[1]))
+            progress(sum(min(max(length - start, 0), size) for length in lengths))
+            start += size
+        log_probs, predicted = (np.concatenate(x, axis=1) for x in (log_probs, predicted))
+        return [Scores(log_probs[i, :n], predicted[i, :n]) for i, n in enumerate(lengths)]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        is_over: Callable[[list[int]], bool] | None = None,
+        progress: Progress = ignore,
+    ) -> list[list[int]]:
+        """Continue each prompt with its likeliest tokens, one after the other.
+
+        Args:
+            prompts: token ids, at least one in each.
+            max_tokens: number of tokens to add.
+            is_over: whether an answer needs no further token; asked every 16 tokens, so answers
+                may run on a little.
+            progress: called with the number of tokens just read or written.
+
+        Raises:
+            ValueError: an empty prompt, or max_tokens below 1.
+        """
+        if any(len(prompt) == 0 for prompt in prompts):
+            raise ValueError("a prompt is empty: begin it with the tokenizer's bos_id")
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens={max_tokens}; it must be at least 1")
+        results: list[list[int]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+        width = min(self.batch_size, len(prompts))
+        for start in range(0, len(order), self.batch_size):
+            batch = [prompts[n] for n in order[start : start + self.batch_size]]
+            found = self._generate_batch(batch, width, max_tokens, is_over, progress)
+            for number, ids in zip(order[start:], found, strict=False):
+                results[number] = ids
+        return results
+
+    def _generate_batch(self, prompts, width, max_tokens, is_over, progress) -> list[list[int]]:
+        chunks = -(-max_tokens // _DECODED)
+        state = self._init_state(width, max(map(len, prompts)) + chunks * _DECODED)
+        # Rows without a prompt never become active.
+        lengths = np.zeros(width, np.int64)
+        lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
+        position = np.zeros_like(lengths)
+        logits = jnp.zeros((width, self.model.config.vocab_size), jnp.float32)
+        size = self.chunk_size
+        while size:
+            while (active := lengths - position >= size).any():
+                tokens = np.zeros((width, size), np.int32)
+                for row in np.flatnonzero(active):
+                    tokens[row] = prompts[row][position[row] : position[row] + size]
+                logits, state = _read_step(
+                    self._graphdef, self._params, logits, state, tokens, active
+                )
+                position += size * active
+                progress(int(size * active.sum()))
+            size = max(size // _FINER, 1) if size > 1 else 0
+        answers: list[list[int]] = [[] for _ in prompts]
+        for _ in range(chunks):
+            tokens, logits, state = _decode_steps(self._graphdef, self._params, logits, state)
+            for answer, ids in zip(answers, np.asarray(tokens).T.tolist(), strict=False):
+                answer.extend(ids)
+            if is_over is not None and all(map(is_over, answers)):
+                break
+        return [answer[:max_tokens] for answer in answers]
+
+    def _room(self, length: int) -> int:
+        return max(_SHORTEST_CACHE, 1 << (length - 1).bit_length())
+
+    def _init_state(self, width: int, length: int) -> Any:
+        return self.model.init_state(width, max_length=self._room(length))
+
+    def _score_program(self, width: int, size: int, length: int) -> jax.stages.Compiled:
+        """Compile `_score_step` for chunks of `size` tokens, unless that has been done."""
+        state = jax.eval_shape(lambda: self._init_state(width, length))
+        # Streams of other lengths need another program only if their state has another shape.
+        key = (width, size, _bytes(state))
+        if key not in self._programs:
+            tokens = jax.ShapeDtypeStruct((width, size), jnp.int32)
+            self._programs[key] = _score_step.lower(
+                self._graphdef, self._params, state, tokens, tokens
+            ).compile()
+        return self._programs[key]
+
+    def memory(self, width: int, length: int) -> dict[str, int]:
+        """Bytes that scoring `width` streams of `length` tokens needs beside the parameters.
+
+        Returns:
+            `state`, what is carried from chunk to chunk, and `temporary`, the most that the
+            compiled step holds at a time besides its arguments and results.
+        """
+        program = self._score_program(width, self.chunk_size, length)
+        state = jax.eval_shape(lambda: self._init_state(width, length))
+        return {
+            "state": _bytes(state),
+            "temporary": program.memory_analysis().temp_size_in_bytes,
+        }
+
+
+def _bytes(state: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="state")
+def _score_step(
+    graphdef: nnx.GraphDef, params: nnx.State, state: Any, tokens: jax.Array, targets: jax.Array
+) -> tuple[Any, jax.Array, jax.Array]:
+    """Read tokens [B, C]; log-probabilities of targets [B, C], and the likeliest tokens."""
+    logits, state = nnx.merge(graphdef, params)(tokens, state=state)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    log_probs = chosen - jax.nn.logsumexp(logits, axis=-1)
+    return state, log_probs, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames=("logits", "state"))
+def _read_step(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    logits: jax.Array,
+    state: Any,
+    tokens: jax.Array,
+    active: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """Read tokens [B, C] in the rows that are active [B]; nothing changes in the others.
+
+    `logits` [B, V] are those of the token that follows.
+    """
+    model = nnx.merge(graphdef, params)
+    hidden, read = model.hidden(tokens, state=state)
+    new = model.logits(hidden[:, -1:])[:, 0]
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:  # [periods, B, ...]
+        return jnp.where(active.reshape(-1, *(1,) * (new.ndim - 2)), new, old)
+
+    return jnp.where(active[:, None], new, logits), jax.tree.map(choose, read, state)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames=("logits", "state"))
+def _decode_steps(
+    graphdef: nnx.GraphDef, params: nnx.State, logits: jax.Array, state: Any
+) -> tuple[jax.Array, jax.Array, Any]:
+    """The likeliest tokens [_DECODED, B], one after the other, beginning with logits [B, V]."""
+    model = nnx.merge(graphdef, params)
+
+    def step(carry, _):
+        logits, state = carry
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits, state = model(token[:, None], state=state)
+        return (logits[:, 0], state), token
+
+    (logits, state), tokens = jax.lax.scan(step, (logits, state), length=_DECODED)
+    return tokens, logits, state
+
+
+def bounded_attention(model: LanguageModel, window: int) -> LanguageModel:
+    """Let the full attention of a model see the last `window` tokens only.
+
+    The parameters are shared. What the model carries from chunk to chunk no longer grows, and no
+    query meets a key farther away than the window.
+
+    Raises:
+        ValueError: a window below 1, or the model has windows of another size.
+    """
+    config = model.config
+    if "swa" in config.pattern and config.window != window:
+        raise ValueError(
+            f"window={window}; the model's own windowed attention has {config.window}, and all of "
+            "its windows are alike: it must be that"
+        )
+    pattern = tuple("swa" if name == "attention" else name for name in config.pattern)
+    bounded = dataclasses.replace(config, pattern=pattern, window=window)
+    abstract = nnx.eval_shape(lambda: LanguageModel(bounded, rngs=nnx.Rngs(0)))
+    return nnx.merge(nnx.split(abstract)[0], nnx.state(model))
