@@ -259,16 +259,15 @@ class GatedDeltaNet(nnx.Module):
             jnp.exp(-rate * jax.nn.softplus(self.decay(x))),
             nnx.sigmoid(self.write_gate(x)),
         )
-        if state is not None and time == 1:
+        options = {"chunk_size": self.chunk_size, "segment_ids": segment_ids}
+        if state is None:
+            o = gated_delta_rule(*inputs, **options)
+        elif time == 1:
             memory, o = gated_delta_rule_step(state.memory, *(y[:, 0] for y in inputs))
             o = o[:, None]
         else:
             o, memory = gated_delta_rule(
-                *inputs,
-                chunk_size=self.chunk_size,
-                initial_state=None if state is None else state.memory,
-                segment_ids=segment_ids,
-                return_state=True,
+                *inputs, **options, initial_state=state.memory, return_state=True
             )
         gate = self.output_gate(x)
         gated = heads(nnx.silu(gate.astype(jnp.float32))) * self.norm(o)

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from swr_jax.ops import gated_delta_chunk as xla
 from swr_jax.ops import gated_delta_validation as validation
 from swr_jax.ops.dispatch import candidates, target
+from swr_jax.ops.gated_delta_sharded import empty_memory, over_mesh
 from swr_jax.ops.recurrence import reset_decays
+from swr_jax.ops.sharded import split_of
 
 Array = jax.Array
 
@@ -115,14 +117,18 @@ def gated_delta_rule(
         alpha = reset_decays(alpha, segment_ids)
     arrays = (q, k, v, alpha, beta)
     dtype = functools.reduce(jnp.promote_types, (x.dtype for x in arrays), jnp.dtype(jnp.float32))
-    # Zero as a product of the inputs: varies over the mesh axes, and is sharded, as the state is.
-    k_1, v_1, gates_1 = (jnp.zeros_like(x[:, 0], dtype) for x in (k, v, alpha + beta))
-    memory = k_1[..., None] * v_1[..., None, :] * gates_1[..., None, None]
+    group = 1 if target().platform == "cpu" else _GROUP
+
+    def evaluate(*arguments):
+        chunk = min(chunk_size, 1 << (arguments[1].shape[1] - 1).bit_length())
+        return xla.gated_delta_rule(*arguments, chunk=chunk, group=group)
+
+    if initial_state is None and not return_state and (split := split_of(*alpha.shape)):
+        return over_mesh(evaluate, split, *arrays, dtype=dtype)
+    memory = empty_memory(k, v, alpha + beta, dtype)
     if initial_state is not None:
         memory = memory + initial_state.memory.astype(dtype)
-    chunk = min(chunk_size, 1 << (q.shape[1] - 1).bit_length())
-    group = 1 if target().platform == "cpu" else _GROUP
-    o, memory = xla.gated_delta_rule(*arrays, memory, chunk=chunk, group=group)
+    o, memory = evaluate(*arrays, memory)
     return (o, GatedDeltaState(memory)) if return_state else o
 
 

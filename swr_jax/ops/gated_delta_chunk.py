@@ -32,7 +32,7 @@ _SMALL = 8
 
 
 def gated_delta_rule(
-    q: Array,
+    q: Array | None,
     k: Array,
     v: Array,
     alpha: Array,
@@ -41,13 +41,13 @@ def gated_delta_rule(
     *,
     chunk: int,
     group: int,
-) -> tuple[Array, Array]:
+) -> tuple[Array | None, Array]:
     """Return outputs and last state, one group of chunks after the other.
 
     The backward pass keeps the state before each group and computes the rest anew.
 
     Args:
-        q, k: [B, T, H, Dk].
+        q, k: [B, T, H, Dk]; without q there are no outputs.
         v: [B, T, H, Dv].
         alpha, beta: [B, T, H], resets already in alpha.
         state: [B, H, Dk, Dv]; its dtype is that of the maths.
@@ -56,14 +56,15 @@ def gated_delta_rule(
             for all of them at once, which keeps wide devices busy but leaves a cache sooner.
 
     Returns:
-        o [B, T, H, Dv] in v's dtype, and the state after the last token in that of the maths.
+        o [B, T, H, Dv] in v's dtype, None without q, and the state after the last token in that of
+        the maths.
     """
     batch, time, heads = alpha.shape
     chunks = -(-time // chunk)
     groups = -(-chunks // group)
     group = -(-chunks // groups)
     # Inputs of 16 bits gain nothing from products that are exact to 24.
-    exact = max(x.dtype.itemsize for x in (q, k, v)) > 2
+    exact = max(x.dtype.itemsize for x in jax.tree.leaves((q, k, v))) > 2
     precision = lax.Precision.HIGHEST if exact else lax.Precision.HIGH
 
     def cut(x: Array, fill: float = 0.0) -> Array:
@@ -75,23 +76,27 @@ def gated_delta_rule(
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
-        state, o = _group(state, *(x.astype(state.dtype) for x in inputs), precision)
-        return state, o.astype(v.dtype)
+        inputs = jax.tree.map(lambda x: x.astype(state.dtype), inputs)
+        state, o = _group(state, *inputs, precision)
+        return state, None if q is None else o.astype(v.dtype)
 
-    state, o = lax.scan(body, state, (cut(q), cut(k), cut(v), cut(alpha, 1.0), cut(beta)))
+    inputs = (None if q is None else cut(q), cut(k), cut(v), cut(alpha, 1.0), cut(beta))
+    state, o = lax.scan(body, state, inputs)
+    if q is None:
+        return None, state
     o = jnp.moveaxis(o, (0, 1, 3), (1, 2, 4)).reshape(batch, -1, heads, v.shape[-1])
     return o[:, :time], state
 
 
 def _group(
     state: Array,
-    q: Array,
+    q: Array | None,
     k: Array,
     v: Array,
     alpha: Array,
     beta: Array,
     precision: lax.Precision,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array | None]:
     """Return the state after a group of chunks, and its outputs; arrays [group, B, H, C, ...]."""
     product = functools.partial(jnp.matmul, precision=precision)
     decay = decay_matrix(alpha)
@@ -99,19 +104,23 @@ def _group(
     beta = beta[..., None]
     keys = jnp.swapaxes(k, -1, -2)
     inverse = unit_lower_inverse(jnp.tril(beta * product(k, keys) * decay, -1), precision)
-    # What reads the state: queries and keys in one product.
-    readers = jnp.concatenate([prefix * q, beta * prefix * k], axis=-2)
+    # What reads the state: keys and queries in one product.
+    readers = [beta * prefix * k] if q is None else [beta * prefix * k, prefix * q]
+    kinds = len(readers)
+    readers = jnp.concatenate(readers, axis=-2)
     writers = keys * decay[..., -1:, :]
 
     def across(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         readers, v, inverse, writers, whole = inputs
-        by_queries, by_keys = jnp.split(product(readers, state), 2, axis=-2)
+        by_keys, *by_queries = jnp.split(product(readers, state), kinds, axis=-2)
         written = product(inverse, v - by_keys)
         return whole * state + product(writers, written), (by_queries, written)
 
     inputs = (readers, beta * v, inverse, writers, prefix[..., -1:, :])
-    state, (read, written) = lax.scan(across, state, inputs)
-    return state, read + product(product(q, keys) * decay, written)
+    state, (by_queries, written) = lax.scan(across, state, inputs)
+    if q is None:
+        return state, None
+    return state, by_queries[0] + product(product(q, keys) * decay, written)
 
 
 @jax.custom_jvp
