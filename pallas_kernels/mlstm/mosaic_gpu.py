@@ -1,0 +1,239 @@
+"""The chunkwise mLSTM on Hopper GPUs: the two passes that `gradient.differentiable` wants.
+
+The kernels are in modules of their own: `states` walks over the chunks, `rows` has the outputs and
+dq, `columns` dk and dv. Here is what calls them, and the way between the shapes of the caller and
+theirs: Dk and Dv are padded with zeros to multiples of 64.
+
+Products are of bfloat16 numbers, with sums in float32; gates, weights, scores and n are float32.
+The states between the chunks go through memory in bfloat16.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.mlstm import gates as rows_of
+from pallas_kernels.mlstm import mosaic_gpu_columns as columns
+from pallas_kernels.mlstm import mosaic_gpu_rows as rows
+from pallas_kernels.mlstm.mosaic_gpu_pipeline import Problem
+from pallas_kernels.mlstm.mosaic_gpu_states import walk
+from pallas_kernels.mlstm.tuning import MULTIPROCESSORS, TILE, TuningConfig
+
+Array = jax.Array
+
+WIDEST_Q, WIDEST_V = 512, 1024
+_CHUNKS = (128, 64)
+
+
+def chunk_length(
+    chunk_size: int, time: int, q_dim: int, v_dim: int, dtype: jnp.dtype, config: TuningConfig
+) -> int:
+    """Return the tokens of a chunk: the longest that kernels hold, unless 64 are enough.
+
+    Args:
+        chunk_size: what the caller wishes; it changes no result.
+        time: T.
+        q_dim, v_dim: Dk, Dv.
+        dtype: of q, k, v.
+        config: may name a chunk.
+    """
+    if config.chunk is not None:
+        return config.chunk
+    if chunk_size <= TILE or time <= TILE:
+        return TILE
+    for chunk in _CHUNKS:
+        if _fits(_sized(1, chunk, 1, q_dim, v_dim, chunk, True, dtype, config)):
+            return chunk
+    return TILE
+
+
+def check(options, q: Array, k: Array, v: Array) -> None:
+    """Say what the kernels cannot do.
+
+    Raises:
+        NotImplementedError: a dtype or a size.
+    """
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if x.dtype == jnp.float16:
+            raise NotImplementedError(
+                f"{name}.dtype={x.dtype}: the weights 1 / divisor leave its range; use bfloat16"
+            )
+        if x.dtype != jnp.bfloat16:
+            raise NotImplementedError(
+                f"{name}.dtype={x.dtype}: the tensor cores would round it; the kernels take "
+                "bfloat16"
+            )
+    q_dim, v_dim = q.shape[-1], v.shape[-1]
+    if q_dim > WIDEST_Q or v_dim > WIDEST_V:
+        raise NotImplementedError(
+            f"Dk={q_dim}, Dv={v_dim}: the kernels take up to {WIDEST_Q} and {WIDEST_V}"
+        )
+    if options.chunk not in _CHUNKS:
+        raise NotImplementedError(f"chunk={options.chunk}: the kernels take {_CHUNKS}")
+    if not _fits(_problem(options, q, v)):
+        raise NotImplementedError(
+            f"Dk={q_dim}, chunk={options.chunk}: more than shared memory holds"
+        )
+
+
+def forward(
+    options,
+    q: Array,
+    k: Array,
+    v: Array,
+    gates: Array,
+    carry: Array,
+    memory: Array,
+    normalizer: Array,
+) -> tuple[Array, Array, Array]:
+    """Return h, and C and n after the last chunk.
+
+    Args:
+        options: `gradient.Options`.
+        q, k: [B, T, H, Dk], T a multiple of the chunk; bfloat16.
+        v: [B, T, H, Dv].
+        gates: rows of `gates`, [B, H, N, 8, L], float32.
+        carry: [B, H, N].
+        memory, normalizer: C [B, H, Dk, Dv] and n [B, H, Dk] before the first chunk, float32.
+    """
+    check(options, q, k, v)
+    call = _Call(options, q, v)
+    found = call.states(k, v, gates, carry, memory, normalizer)
+    padded = (call.pad_q(q), call.pad_q(k), call.pad_v(v))
+    h = rows.outputs(call.problem, *padded, call.by_chunk(gates), *found[:2])
+    return h[..., : v.shape[-1]], *call.last_state(*found[2:])
+
+
+def backward(
+    options,
+    q: Array,
+    k: Array,
+    v: Array,
+    gates: Array,
+    carry: Array,
+    memory: Array,
+    normalizer: Array,
+    dh: Array,
+    dmemory: Array,
+    dnormalizer: Array,
+) -> tuple[Array, ...]:
+    """Return the cotangents of q, k, v, of the rows of gates, of log carry, of memory, normalizer.
+
+    Args:
+        options, q, k, v, gates, carry, memory, normalizer: as in `forward`.
+        dh, dmemory, dnormalizer: cotangents of what `forward` returns.
+
+    Returns:
+        As `gradient.differentiable` wants them.
+    """
+    check(options, q, k, v)
+    call = _Call(options, q, v)
+    p = call.problem
+    memories, normalizers, *_ = call.states(k, v, gates, carry, memory, normalizer)
+    q, k, v, dh = call.pad_q(q), call.pad_q(k), call.pad_v(v), call.pad_v(dh.astype(v.dtype))
+    by_chunk = call.by_chunk(gates)
+    dq, told, d_row = rows.gradient(p, q, k, v, by_chunk, memories, normalizers, dh)
+    dmemories, dnormalizers, *last, inner = walk(
+        p,
+        q,
+        dh,
+        (told, rows.READ),
+        (told, rows.RATIO),
+        carry.reshape(-1),
+        *call.pad_state(dmemory, dnormalizer),
+        memories,
+        multiprocessors=_multiprocessors(),
+    )
+    dk, dv, d_columns = columns.gradient(p, q, k, v, by_chunk, told, dh, dmemories, dnormalizers)
+
+    inner = jnp.sum(inner, axis=(1, 2)) + jnp.sum(dnormalizers * normalizers, axis=1)
+    dgates = jnp.concatenate([d_row[:, None], d_columns], axis=1)
+    q_dim, v_dim = memory.shape[-2:]
+    return (
+        *(dq[..., :q_dim], dk[..., :q_dim], dv[..., :v_dim]),
+        dgates.reshape(*gates.shape[:3], *dgates.shape[1:]),
+        carry * inner.reshape(carry.shape),
+        *call.last_state(*last),
+    )
+
+
+class _Call:
+    """The way between the shapes of the caller and those of the kernels."""
+
+    def __init__(self, options, q: Array, v: Array):
+        self.sizes = q.shape[-1], v.shape[-1]
+        self.problem = _problem(options, q, v)
+
+    def pad_q(self, x: Array) -> Array:
+        """[..., Dk] -> [..., multiple of 64]."""
+        return _pad(x, x.ndim - 1, self.problem.q_dim)
+
+    def pad_v(self, x: Array) -> Array:
+        """[..., Dv] -> [..., multiple of 64]."""
+        return _pad(x, x.ndim - 1, self.problem.v_dim)
+
+    def pad_state(self, memory: Array, normalizer: Array) -> tuple[Array, Array]:
+        """C [B, H, Dk, Dv] and n [B, H, Dk] -> [B H, ...], padded."""
+        p = self.problem
+        memory = _pad(self.pad_v(memory), 2, p.q_dim).reshape(p.sequences, p.q_dim, p.v_dim)
+        return memory, self.pad_q(normalizer).reshape(p.sequences, p.q_dim)
+
+    def last_state(self, memory: Array, normalizer: Array) -> tuple[Array, Array]:
+        """Undo `pad_state`."""
+        p, (q_dim, v_dim) = self.problem, self.sizes
+        memory = memory.reshape(p.batch, p.heads, p.q_dim, p.v_dim)
+        normalizer = normalizer.reshape(p.batch, p.heads, p.q_dim)
+        return memory[:, :, :q_dim, :v_dim], normalizer[:, :, :q_dim]
+
+    def by_chunk(self, gates: Array) -> Array:
+        """[B, H, N, 8, L] -> [B H N, 8, L]."""
+        return gates.reshape(-1, *gates.shape[3:])
+
+    def states(self, k, v, gates, carry, memory, normalizer) -> tuple[Array, ...]:
+        """C and n of every chunk, and those after the last."""
+        return walk(
+            self.problem,
+            self.pad_q(k),
+            self.pad_v(v),
+            (self.by_chunk(gates), rows_of.KEPT),
+            None,
+            carry.reshape(-1),
+            *self.pad_state(memory, normalizer),
+            None,
+            multiprocessors=_multiprocessors(),
+        )
+
+
+def _pad(x: Array, axis: int, size: int) -> Array:
+    if x.shape[axis] == size:
+        return x
+    widths = [(0, size - x.shape[axis]) if i == axis else (0, 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths)
+
+
+def _problem(options, q: Array, v: Array) -> Problem:
+    batch, time, heads, q_dim = q.shape
+    config = options.config or TuningConfig()
+    normalized = options.normalized
+    return _sized(
+        batch, time, heads, q_dim, v.shape[-1], options.chunk, normalized, q.dtype, config
+    )
+
+
+def _sized(batch, time, heads, q_dim, v_dim, chunk, normalized, dtype, config) -> Problem:
+    q_dim, v_dim = (-(-x // TILE) * TILE for x in (q_dim, v_dim))
+    dtype = jnp.dtype(dtype)
+    return Problem(batch, time, heads, q_dim, v_dim, chunk, normalized, dtype, config)
+
+
+def _fits(p: Problem) -> bool:
+    """Whether shared memory has room for a stage of every kernel."""
+    return min(rows.output_slots(p), rows.gradient_slots(p), columns.gradient_slots(p)) > 0
+
+
+def _multiprocessors() -> int:
+    """Return how many the chip has that is traced for: of the mesh in context, or by default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.num_cores:
+        return device.num_cores
+    device = jax.config.jax_default_device or jax.devices()[0]
+    return getattr(device, "core_count", None) or MULTIPROCESSORS

@@ -1,0 +1,440 @@
+"""What the Hopper kernels of the mLSTM share: the problem, streams of tiles, products, weights.
+
+A thread block has one warpgroup for each 64 rows that it owns, and a last one that starts the
+loads. Matrices lie in shared memory as tiles that the tensor cores read in place; the rows that a
+warpgroup owns are its first operand, [64, K], and accumulators are [64, N] in registers.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.interpreter import simulated_platform
+from pallas_kernels.mlstm import gates as rows_of
+from pallas_kernels.mlstm.tuning import TILE, TuningConfig
+
+Array = jax.Array
+Ref = jax.Ref
+
+MATRIX = plgpu.Layout.WGMMA
+ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)  # A number for each row, or for each column.
+WIDEST_PRODUCT = 256  # columns of one tensor core instruction
+_LOG2_E = math.log2(math.e)
+
+# Registers of a thread where two warpgroups compute; one alone has all that a thread can have.
+_COMPUTE_REGISTERS, _LOAD_REGISTERS = 232, 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is to be computed, static.
+
+    Attributes:
+        batch, time, heads, q_dim, v_dim: B, T, H, Dk, Dv; T a multiple of the chunk, Dk and Dv
+            of 64.
+        chunk: L, 64 or 128.
+        normalized: whether outputs are divided by max(|d|, floor) or by the floor.
+        dtype: of q, k, v and h, and of the states between chunks.
+        config: how the work is cut up.
+    """
+
+    batch: int
+    time: int
+    heads: int
+    q_dim: int
+    v_dim: int
+    chunk: int
+    normalized: bool
+    dtype: jnp.dtype
+    config: TuningConfig
+
+    @property
+    def chunks(self) -> int:
+        """N, chunks of a sequence."""
+        return self.time // self.chunk
+
+    @property
+    def sequences(self) -> int:
+        """Heads of all batch elements, each a sequence of its own."""
+        return self.batch * self.heads
+
+    @property
+    def groups(self) -> int:
+        """Warpgroups that compute, one for each 64 tokens of a chunk."""
+        return self.chunk // TILE
+
+    @property
+    def v_tiles(self) -> int:
+        """Tiles of 64 columns of v."""
+        return self.v_dim // TILE
+
+
+def matrices(*shape: int, dtype: jnp.dtype) -> plgpu.SMEM:
+    """Shared memory for matrices (the last two axes) as the tensor cores read them."""
+    transforms = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def vectors(*shape: int) -> plgpu.SMEM:
+    """Shared memory for float32 numbers."""
+    return plgpu.SMEM(shape, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """A ring of slots in shared memory that the last warpgroup fills and the others empty.
+
+    Attributes:
+        slots: their number.
+        free: a barrier for each slot, at which every warpgroup arrives that is done with it.
+    """
+
+    slots: int
+    free: Ref
+
+    def slot(self, step: Array) -> Array:
+        """Where a step's tiles are."""
+        return lax.rem(step, jnp.int32(self.slots))
+
+    def acquire(self, step: Array) -> Array:
+        """Wait until the slot of a step is free, and return it."""
+        slot = self.slot(step)
+
+        @pl.when(step >= self.slots)
+        def _():
+            plgpu.barrier_wait(self.free.at[slot])
+
+        return slot
+
+    def release(self, step: Array) -> None:
+        """Say that this warpgroup has no more need of a step's tiles."""
+        plgpu.barrier_arrive(self.free.at[self.slot(step)])
+
+    def drain(self, steps: Array) -> None:
+        """Wait until the last tiles of `steps` have been read."""
+
+        def wait(step: Array, _: None) -> None:
+            plgpu.barrier_wait(self.free.at[self.slot(step)])
+
+        lax.fori_loop(jnp.maximum(steps - self.slots, 0), steps, wait, None)
+
+
+def free_barriers(slots: int, groups: int) -> plgpu.Barrier:
+    """Scratch for `Stream.free`."""
+    return plgpu.Barrier(num_arrivals=groups, num_barriers=slots)
+
+
+def full_barriers(slots: int, copies: int = 1) -> plgpu.Barrier:
+    """Scratch for the barriers at which so many copies arrive for each slot."""
+    return plgpu.Barrier(num_arrivals=copies, num_barriers=slots)
+
+
+def load_own(source: Callable[[int], Ref], target: Ref, barrier: Ref, groups: int) -> None:
+    """Load each warpgroup's own rows, [groups, 64, D]."""
+    for group in range(groups):
+        plgpu.copy_gmem_to_smem(source(group), target.at[group], barrier)
+
+
+def products(*sums: Sequence[tuple[Any, Ref]]) -> tuple[Array, ...]:
+    """Return sums [64, N] of products of pairs [64, K], [K, N], in float32."""
+
+    if simulated_platform() and isinstance(sums[0][0][0], jax.Array):
+        # The interpreter's first factors lie in shared memory.
+        own = sum(jnp.dot(a, b[...], preferred_element_type=jnp.float32) for a, b in sums[0])
+        return own, *(products(*sums[1:]) if sums[1:] else ())
+
+    def run(*totals: Ref) -> tuple[Array, ...]:
+        for total, factors in zip(totals, sums, strict=True):
+            for a, b in factors:
+                plgpu.wgmma(total, a, b)
+        return tuple(total[...] for total in totals)
+
+    shapes = (plgpu.ACC((TILE, factors[0][1].shape[1]), jnp.float32) for factors in sums)
+    return pl.run_scoped(run, *shapes)
+
+
+def product(a: Any, b: Ref) -> Array:
+    """Return the product [64, N] of [64, K] and [K, N], in float32."""
+    return products([(a, b)])[0]
+
+
+def accumulated(total: Array, a: Any, b: Ref) -> Array:
+    """Return total [64, N] + a b, in the registers of `total`."""
+    if simulated_platform():  # The interpreter's accumulators start from zero.
+        return total + product(a, b)
+
+    def run(accumulator: Ref) -> None:
+        plgpu.wgmma(accumulator, a, b)
+
+    return pl.run_state(run)(plgpu.ACC.init(total))
+
+
+def summed_products(
+    steps: int,
+    step: Callable[[Array], tuple[Sequence[tuple[Ref, Ref]], Callable[[], None]]],
+    widths: Sequence[int],
+) -> tuple[Array, ...]:
+    """Return sums over steps of products [64, N].
+
+    Args:
+        steps: their number.
+        step: takes a step's number to its pairs of factors, one for each sum, and to what is to be
+            done once they have been read.
+        widths: N of each sum.
+    """
+
+    def run(*sums: Ref) -> tuple[Array, ...]:
+        @pl.loop(0, steps)
+        def _(index):
+            factors, done = step(index)
+            for total, (a, b) in zip(sums, factors, strict=True):
+                plgpu.wgmma(total, a, b)
+            plgpu.wgmma_wait(0)
+            done()
+
+        return tuple(total[...] for total in sums)
+
+    return pl.run_scoped(run, *(plgpu.ACC((TILE, width), jnp.float32) for width in widths))
+
+
+def transposed(ref: Ref) -> Ref:
+    """The transposed matrix."""
+    return ref.transpose((1, 0))
+
+
+def load_matrix(ref: Ref) -> Array:
+    """A matrix of shared memory, in float32."""
+    return plgpu.load(ref, layout=MATRIX, optimized=False).astype(jnp.float32)
+
+
+def load_rows(ref: Ref) -> Array:
+    """A number for each row."""
+    return plgpu.load(ref, layout=ROW, optimized=False)
+
+
+def load_columns(ref: Ref) -> Array:
+    """A number for each column."""
+    return plgpu.load(ref, layout=COLUMN, optimized=False)
+
+
+def over_rows(x: Array, like: Array) -> Array:
+    """Numbers of rows over the columns of a matrix."""
+    return lax.broadcast_in_dim(x, like.shape, (0,))
+
+
+def over_columns(x: Array, like: Array) -> Array:
+    """Numbers of columns over the rows of a matrix."""
+    return lax.broadcast_in_dim(x, like.shape, (1,))
+
+
+class Place:
+    """The chunks of a sequence that a thread block does one after the other: its items.
+
+    Every array lies in memory by token, [B, T, H, D], or by chunk, [B H N, ...].
+    """
+
+    def __init__(self, p: Problem):
+        self.problem = p
+        self.head, self.batch = lax.axis_index("head"), lax.axis_index("batch")
+        self.first = lax.axis_index("span") * p.config.span
+        self.count = jnp.minimum(p.chunks - self.first, p.config.span)
+
+    @staticmethod
+    def grid(p: Problem) -> dict[str, int]:
+        """Thread blocks."""
+        return {"span": pl.cdiv(p.chunks, p.config.span), "head": p.heads, "batch": p.batch}
+
+    def index(self, item: Array) -> Array:
+        """Where an item is in arrays by chunk."""
+        p = self.problem
+        return (self.batch * p.heads + self.head) * p.chunks + self.first + item
+
+    def tokens(self, ref: Ref, item: Array, tile: Array | None = None) -> Ref:
+        """A chunk of an array by token, or a tile of 64 columns of it."""
+        p = self.problem
+        tokens = pl.ds((self.first + item) * p.chunk, p.chunk)
+        return ref.at[self.batch, tokens, self.head, _columns(tile)]
+
+    def own_tokens(self, ref: Ref, item: Array, group: Array, tile: Array | None = None) -> Ref:
+        """The same for the rows of a warpgroup."""
+        p = self.problem
+        tokens = pl.ds((self.first + item) * p.chunk + group * TILE, TILE)
+        return ref.at[self.batch, tokens, self.head, _columns(tile)]
+
+    def memory(self, ref: Ref, item: Array, rows: slice, tile: Array) -> Ref:
+        """Rows of a chunk's C, [B H N Dk, Dv], and a tile of 64 columns."""
+        first = self.index(item) * self.problem.q_dim + rows.start
+        return ref.at[pl.ds(first, rows.stop - rows.start), _columns(tile)]
+
+
+def _columns(tile: Array | None) -> Any:
+    return slice(None) if tile is None else pl.ds(tile * TILE, TILE)
+
+
+def tile_of(tile: int) -> Any:
+    """The tile's 64 columns, static."""
+    return pl.ds(tile * TILE, TILE)
+
+
+def rounds(p: Problem, widest: int) -> list[slice]:
+    """Dk cut into parts of at most so many."""
+    return [slice(x, min(x + widest, p.q_dim)) for x in range(0, p.q_dim, widest)]
+
+
+def inner_with_columns(rows: Ref, numbers: Ref) -> Array:
+    """Inner product of each of 64 rows in shared memory with a vector there."""
+
+    def term(tile: int) -> Array:
+        x = load_matrix(rows.at[:, tile_of(tile)])
+        return x * over_columns(load_columns(numbers.at[tile_of(tile)]), x)
+
+    return row_sums(term(tile) for tile in range(rows.shape[1] // TILE))
+
+
+def inner_with_rows(rows: Ref, matrix: Array) -> Array:
+    """Inner product of each of 64 rows in shared memory with the same row of a matrix."""
+    return row_sums(
+        load_matrix(rows.at[:, tile_of(tile)]) * x for tile, x in enumerate(tiles_of(matrix))
+    )
+
+
+def row_sums(matrices: Iterable[Array]) -> Array:
+    """Sum of each row of matrices side by side."""
+    return jnp.sum(functools.reduce(operator.add, matrices), axis=1)
+
+
+def where(mask: Array, x: Array) -> Array:
+    """x, or 0."""
+    return jnp.where(mask, x, jnp.zeros_like(x))
+
+
+class Weights:
+    """The weights A of a warpgroup's 64 rows i, or 64 columns j, and their places.
+
+    The warpgroup's own tokens are the rows of matrices [64, 64], one for each tile of the chunk's
+    tokens.
+    """
+
+    def __init__(self, gates: Ref, group: Array, *, own_columns: bool):
+        self.gates, self.group, self.own_columns = gates, group, own_columns
+        self.own = pl.ds(group * TILE, TILE)
+
+    def own_row(self, name: int) -> Array:
+        """A row of the gates for the warpgroup's own tokens."""
+        return load_rows(self.gates.at[name, self.own])
+
+    def _later(self, tile: int) -> Array:
+        """By how much the tokens of a tile are later than the own ones."""
+        own, token = (
+            plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), axis, layout=MATRIX) for axis in (0, 1)
+        )
+        return token - own + (tile - self.group) * TILE
+
+    def seen(self, tile: int) -> Array:
+        """Where j < i."""
+        return self._later(tile) > 0 if self.own_columns else self._later(tile) < 0
+
+    def diagonal(self, tile: int) -> Array:
+        """Where i = j."""
+        return self._later(tile) == 0
+
+    def _difference(self, row: int, column: int, tile: int, like: Array) -> Array:
+        """rows[row]_i - rows[column]_j."""
+        own, other = (column, row) if self.own_columns else (row, column)
+        x = over_rows(self.own_row(own), like)
+        y = over_columns(load_columns(self.gates.at[other, tile_of(tile)]), like)
+        return y - x if self.own_columns else x - y
+
+    def matrix(self, tile: int) -> Array:
+        """A, exactly 0 where nothing is read."""
+        later = self._later(tile)
+        exponent = self._difference(rows_of.ROW_HIGH, rows_of.COLUMN_HIGH, tile, later)
+        exponent += self._difference(rows_of.ROW_LOW, rows_of.COLUMN_LOW, tile, later)
+        reads = later >= 0 if self.own_columns else later <= 0
+        reads &= self._difference(rows_of.DOCUMENT, rows_of.DOCUMENT, tile, later) == 0
+        # Selected behind the exponential, which may have overflowed where nothing is read.
+        a = jnp.exp2(exponent * _LOG2_E)
+        return jnp.where(reads, a, jnp.zeros_like(a))
+
+
+def tiles_of(x: Array) -> list[Array]:
+    """Cut a matrix [64, N] into tiles of 64 columns."""
+    return [x[:, first : first + TILE] for first in range(0, x.shape[1], TILE)]
+
+
+def warpgroups(groups: int, compute: Callable[[Array], None], load: Callable[[], None]) -> None:
+    """Run `compute(group)` in all warpgroups but the last, and `load` in that."""
+    group = lax.axis_index("warpgroup")
+
+    @pl.when(group < groups)
+    def _():
+        if groups > 1:
+            plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        compute(group)
+
+    @pl.when(group == groups)
+    def _():
+        if groups > 1:
+            plgpu.set_max_registers(_LOAD_REGISTERS, action="decrease")
+        load()
+
+
+def launch(
+    body: Callable, name: str, groups: int, out_type: Any, scratch_types: Any, **grid: int
+) -> Callable:
+    """Return the kernel over a grid with these axes."""
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch_types,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=groups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=16,  # Nothing is reduced across warps.
+        ),
+        kernel_name=name,
+    )
+
+
+def opaque(x: Array) -> Array:
+    """Return x such that the compiler computes anew what is made of it.
+
+    It would keep addresses in registers that nothing is left of, from one chunk to the next.
+    """
+    return lax.optimization_barrier(x)
+
+
+def store_directly(ref: Ref, x: Array) -> None:
+    """Store straight to global memory: few bytes, or once."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:  # JAX 0.11 asks for nothing better.
+        ref[...] = x
+
+
+class Staging:
+    """Two tiles [64, 64] of shared memory of a warpgroup, through which results leave."""
+
+    def __init__(self, tiles: Ref):
+        self.tiles = tiles
+
+    def store(self, x: Array, target: Ref, turn: Array) -> None:
+        """Start storing a tile; `turn` counts them."""
+        tile = self.tiles.at[lax.rem(turn, jnp.int32(2))]
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        tile[...] = x.astype(tile.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(tile, target)

@@ -1,0 +1,67 @@
+"""Tuning parameters of the Hopper kernels of the mLSTM: how work is cut up."""
+
+import dataclasses
+
+# Tokens, and columns of v, that a tile has; rows of one tensor core instruction.
+TILE = 64
+# Shared memory of one thread block on Hopper, less what barriers and alignment take, in bytes.
+SHARED_MEMORY = 232448 - 1792
+# Streaming multiprocessors of an H100 or H200 (SXM), where nothing says otherwise.
+MULTIPROCESSORS = 132
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """How the launches are tiled; results depend on it only through the chunk, in rounding.
+
+    Attributes:
+        chunk: tokens of a chunk, 64 or 128; None: what suits the shape.
+        span: chunks that a thread block does one after the other, where chunks do not depend on
+            each other.
+        q_tile: rows of the state, 64 or 128, that a thread block carries from chunk to chunk;
+            None: what suits the shape.
+        v_tile: columns of it, a multiple of 64 up to 256; None likewise.
+        slots: stages that are loaded ahead, at most; fewer where shared memory has no room.
+    """
+
+    chunk: int | None = None
+    span: int = 8
+    q_tile: int | None = None
+    v_tile: int | None = None
+    slots: int = 4
+
+    def __post_init__(self):
+        if self.chunk not in (None, 64, 128):
+            raise ValueError(f"chunk={self.chunk}: must be 64, 128 or None")
+        if self.span < 1:
+            raise ValueError(f"span={self.span}: must be at least 1")
+        if self.q_tile not in (None, 64, 128):
+            raise ValueError(f"q_tile={self.q_tile}: must be 64, 128 or None")
+        if self.v_tile not in (None, 64, 128, 192, 256):
+            raise ValueError(f"v_tile={self.v_tile}: must be 64, 128, 192, 256 or None")
+        if self.slots < 1:
+            raise ValueError(f"slots={self.slots}: must be at least 1")
+
+
+def state_tiles(
+    config: TuningConfig, sequences: int, q_dim: int, v_dim: int, multiprocessors: int
+) -> tuple[int, int]:
+    """Return the tile of the state, rows and columns, that a thread block carries.
+
+    The largest ones that leave no more than an eighth of the chip without a thread block: small
+    ones read q, k, v again.
+    """
+    q_tiles = [x for x in (128, 64) if q_dim % x == 0 and config.q_tile in (None, x)]
+    v_tiles = [x for x in (256, 192, 128, 64) if v_dim % x == 0 and config.v_tile in (None, x)]
+    if not q_tiles or not v_tiles:
+        raise ValueError(f"{config}: its tiles do not divide a state of {q_dim} x {v_dim}")
+    sizes = sorted(((q, v) for q in q_tiles for v in v_tiles), key=lambda x: (-x[0] * x[1], -x[0]))
+    for q_tile, v_tile in sizes:
+        if sequences * (q_dim // q_tile) * (v_dim // v_tile) >= multiprocessors * 7 // 8:
+            return q_tile, v_tile
+    return sizes[-1]
+
+
+def fitting_slots(config: TuningConfig, fixed_bytes: int, slot_bytes: int) -> int:
+    """Return how many slots shared memory holds beside `fixed_bytes`; 0: not one."""
+    return min(config.slots, (SHARED_MEMORY - fixed_bytes) // slot_bytes)
