@@ -1,9 +1,9 @@
 """Softmax attention, causal and windowed, with memory linear in the sequence length.
 
-The attention itself comes from libraries: `jax.nn.dot_product_attention` (XLA, cuDNN) and
-`tokamax.dot_product_attention` (Pallas kernels). What is ours is the arrangement around them that
-keeps long sequences from ever holding a T x T array, forward or backward (`attention_blocks`), and
-the distribution over a mesh (`attention_sharded`).
+The attention itself comes from libraries: `jax.nn.dot_product_attention` (XLA, cuDNN),
+`tokamax.dot_product_attention` and JAX's splash attention (Pallas kernels). What is ours is the
+arrangement around them that keeps long sequences from ever holding a T x T array, forward or
+backward (`attention_blocks`), and the distribution over a mesh (`attention_sharded`).
 
 Symbols: B batch, T queries, S keys, N query heads, Nkv key/value heads, Dh features per head.
 """
@@ -46,13 +46,14 @@ def sliding_window_attention(
       window: number of keys that a query sees, its own included, at least 1; None: all before it.
       segment_ids: [B, S] integers; tokens of different segments never see each other.
       implementation: None picks one: for bfloat16 and float16 on one GPU or TPU, on many under a
-        mesh in context or inside `jax.shard_map(..., check_vma=False)`, "tokamax" where it is
-        installed and its kernels support the arguments, then "cudnn" on an NVIDIA GPU (Ampere or
-        later) where T = S, Dh is a multiple of 8 up to 128, and there are neither segment_ids nor
-        a full attention over a split sequence; else "xla". A name is used as it is or fails, never
+        mesh in context or inside `jax.shard_map(..., check_vma=False)`: on TPUs "splash", for
+        bfloat16 where T and Dh are multiples of 128; elsewhere "tokamax" where it is installed and
+        its kernels support the arguments, then "cudnn" on an NVIDIA GPU (Ampere or later) where
+        T = S, Dh is a multiple of 8 up to 128, and there are neither segment_ids nor a full
+        attention over a split sequence; else "xla". A name is used as it is or fails, never
         replaced:
-        "xla" (`jax.nn`), "cudnn" (`jax.nn` on an NVIDIA GPU), "tokamax" (its kernels on GPU and
-        TPU, its chunked XLA path on CPU).
+        "xla" (`jax.nn`), "cudnn" (`jax.nn` on an NVIDIA GPU), "splash" (JAX's TPU kernels),
+        "tokamax" (its kernels on GPU and TPU, its chunked XLA path on CPU).
 
     Returns:
       [B, T, N, Dh], dtype of `q`.

@@ -1,4 +1,4 @@
-"""Validated attention by each of the implementations: XLA, cuDNN, tokamax's kernels.
+"""Validated attention by each of the implementations: XLA, cuDNN, tokamax's and JAX's kernels.
 
 Each attends the last T of S tokens, plain or with a part of the sequence before them that another
 device has handed on; see `attention_blocks` for what `start` says of it.
@@ -9,7 +9,9 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
+from swr_jax.ops import attention_splash
 from swr_jax.ops.attention_blocks import Start, blocks, causal, realigned
+from swr_jax.ops.dispatch import target
 
 
 def pick(q, k, v, window, segment_ids, start: Start | None = None) -> tuple[str, jax.Array]:
@@ -26,6 +28,8 @@ def pick(q, k, v, window, segment_ids, start: Start | None = None) -> tuple[str,
 
 def run(q, k, v, window, segment_ids, implementation: str, start: Start | None = None) -> jax.Array:
     """Call one implementation, through its own causal path where it has one for these arguments."""
+    if implementation == "splash":
+        return attention_splash.attend(q, k, v, window, segment_ids, start)
     # On TPU tokamax's kernel knows no window; the blocks below give it one.
     knows_windows = implementation == "cudnn" or (
         implementation == "tokamax" and jax.default_backend() == "gpu"
@@ -50,8 +54,14 @@ def may_use_kernels(q, implementation: str | None) -> bool:
     """Whether `pick`, or `run` with a name given, may call a kernel of another library."""
     if implementation is None:
         # Kernels' float32 products are not float32 everywhere.
-        return jax.default_backend() != "cpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+        elsewhere = jax.default_backend() != "cpu" or _is_for_tpu()
+        return elsewhere and q.dtype in (jnp.bfloat16, jnp.float16)
     return implementation != "xla"
+
+
+def _is_for_tpu() -> bool:
+    """Whether the trace is for a TPU, here or described by the mesh in context."""
+    return target().platform == "tpu"
 
 
 def _is_plain(q, k, segment_ids, start) -> bool:
@@ -115,8 +125,11 @@ def _kernels(q, k, window, segment_ids, start) -> tuple[str, ...]:
         return ()
     # The compiler cannot split a kernel: outside shard_map it would gather its operands first.
     mesh = jax.sharding.get_abstract_mesh()
-    if jax.device_count() > 1 and (mesh.empty or not mesh.are_all_axes_manual):
+    devices = jax.device_count() if mesh.empty else mesh.size
+    if devices > 1 and not mesh.are_all_axes_manual:
         return ()
+    if _is_for_tpu():
+        return ("splash",)
     names = () if importlib.util.find_spec("tokamax") is None else ("tokamax",)
     # Any other mask than a causal window would have to be written out for cuDNN.
     plain = _is_plain(q, k, segment_ids, start) or _has_plain_halo(window, segment_ids, start)

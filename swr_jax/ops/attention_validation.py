@@ -46,7 +46,8 @@ def check_inputs(q, k, v, window, segment_ids, implementation) -> None:
             raise ValueError(
                 f"segment_ids has dtype {segment_ids.dtype}; it must be an integer dtype"
             )
-    if implementation not in (None, "xla", "cudnn", "tokamax"):
+    if implementation not in (None, "xla", "cudnn", "splash", "tokamax"):
         raise ValueError(
-            f"implementation={implementation!r}; it must be None, 'xla', 'cudnn' or 'tokamax'"
+            f"implementation={implementation!r}; it must be None, 'xla', 'cudnn', 'splash' or "
+            "'tokamax'"
         )

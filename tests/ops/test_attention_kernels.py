@@ -1,4 +1,7 @@
-"""Which attention kernels are picked on a GPU without tokamax; jax.nn stands in for cuDNN."""
+"""Which attention kernels are picked, on a GPU without tokamax and on a simulated TPU.
+
+jax.nn stands in for cuDNN.
+"""
 
 import dataclasses
 import functools
@@ -9,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mesh_cases import mesh_of
+from simulation import simulated_tpu
 
 from swr_jax.ops import attention
 from swr_jax.ops import reference as ref
 from swr_jax.ops.attention import sliding_window_attention
+from swr_jax.ops.attention_evaluation import run
 
 
 def inputs(tokens):
@@ -36,6 +41,7 @@ class Device:
 
     platform: str
     compute_capability: str
+    device_kind: str = "a GPU"
 
 
 @pytest.fixture
@@ -110,3 +116,63 @@ def test_without_the_cudnn_library_it_is_xla(calls_of_cudnn, monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", missing)
     q, _, _ = inputs(16)
     assert attention.implementation_of(q) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "kv_heads", "window", "packed"),
+    [
+        (256, 256, 2, None, True),
+        (128, 300, 1, 100, False),  # keys in no whole lanes
+        pytest.param(256, 384, 2, 128, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_tpu_has_kernels_for_windows_and_documents(
+    monkeypatch, queries, keys, kv_heads, window, packed
+):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    rng = np.random.default_rng(keys)
+    sizes = ((queries, 2), (keys, kv_heads), (keys, kv_heads), (queries, 2))
+    q, k, v, bar = (
+        jnp.asarray(rng.normal(size=(1, length, heads, 128)), jnp.bfloat16)
+        for length, heads in sizes
+    )
+    documents = jnp.arange(keys)[None] // 70 if packed else None
+    attend = functools.partial(sliding_window_attention, window=window, segment_ids=documents)
+    with simulated_tpu():
+        out, pull = jax.vjp(attend, q, k, v)
+        found = (out, *pull(bar))
+        named = attend(q, k, v, implementation="splash")
+    np.testing.assert_array_equal(np.asarray(named, np.float32), np.asarray(out, np.float32))
+    out, pull = jax.vjp(attend, *(x.astype(jnp.float32) for x in (q, k, v)))
+    wanted = (out, *pull(bar.astype(jnp.float32)))
+    for x, exact in zip(found, wanted, strict=True):
+        assert 0 < ref.relative_rms(x, np.asarray(exact, np.float64)) < 1e-2
+
+
+def test_a_split_sequence_has_the_kernels_of_a_tpu():
+    """Two parts with a halo of 99 keys, of which the first one's are nobody's."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 256, 1, 128)), jnp.bfloat16) for _ in range(3))
+    start = [0, 128 - 99]
+    parts = []
+    for part, place in enumerate(start):
+        own = slice(128 * part, 128 * (part + 1))
+        before = jnp.zeros_like(k[:, :99]) if part == 0 else None
+        keys, values = (
+            jnp.concatenate([before if part == 0 else x[:, place:128], x[:, own]], axis=1)
+            for x in (k, v)
+        )
+        with simulated_tpu():
+            first = jnp.int32(128 * part - 99)
+            parts.append(run(q[:, own], keys, values, 100, None, "splash", first))
+    wanted = dense_attention(q, k, v, 100)
+    assert ref.relative_rms(jnp.concatenate(parts, axis=1), wanted) < 1e-2
+
+
+def test_what_the_kernels_of_a_tpu_cannot_do_goes_to_xla(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    q, k, v = inputs(40)
+    with simulated_tpu():
+        with pytest.raises(NotImplementedError, match=r"T=40: .* multiples of 128"):
+            sliding_window_attention(q, k, v, window=7, implementation="splash")
+        assert attention.implementation_of(q, window=7) == "xla"
