@@ -3,6 +3,7 @@
 # make test-targets  kernels compiled for Hopper and TPU chips that are not here
 # make test-oldest   what calls JAX most, and the same compilations, with the oldest JAX supported
 # make test-parity   imported weights against transformers, which needs torch
+# make test-harness  our models in lm-evaluation-harness, on tasks of our own, offline
 # make report    what every kernel would take on Hopper and TPU chips, from their compilers
 # make lint      style
 #
@@ -29,7 +30,7 @@ CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.12 python3.13 python3.14 python3 
 	$(wildcard $(HOME)/.local/share/uv/python/*/bin/python3) \
 	$(wildcard /opt/python*/bin/python3 /usr/local/bin/python3.1? /opt/homebrew/bin/python3.1?))
 
-.PHONY: train test test-all test-targets test-oldest test-parity report lint format clean
+.PHONY: train test test-all test-targets test-oldest test-parity test-harness report lint format clean
 
 train: $(VENV)/.train
 	$(VENV_PYTHON) experiments/pretrain.py --config=experiments/configs/phalanx_tiny.py \
@@ -55,6 +56,10 @@ test-oldest:
 test-parity:
 	$(MAKE) test VENV=.venv-parity EXTRAS=test,parity SELECTION="not targets" \
 		TESTS=tests/nn/test_convert_parity.py
+
+test-harness:
+	$(MAKE) test VENV=.venv-harness EXTRAS=test,harness SELECTION="not targets" \
+		TESTS=tests/eval/test_harness.py
 
 report:
 	$(MAKE) .venv-targets/.test VENV=.venv-targets EXTRAS=test,targets
@@ -90,4 +95,4 @@ $(VENV)/.test: pyproject.toml | $(VENV_PYTHON)
 	@touch $@ $(VENV)/.train
 
 clean:
-	rm -rf .venv .venv-targets .venv-oldest .venv-parity build *.egg-info
+	rm -rf .venv .venv-targets .venv-oldest .venv-parity .venv-harness build *.egg-info

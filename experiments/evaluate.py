@@ -32,6 +32,7 @@ TASK = flags.DEFINE_list("tasks", list(DEFAULTS.tasks), f"Among {', '.join(TASKS
 LENGTHS = flags.DEFINE_list(
     "lengths", [str(n) for n in DEFAULTS.lengths], "Contexts in tokens, as 512,131072."
 )
+TEXT_LENGTHS = flags.DEFINE_list("text_lengths", [], "Of perplexity; as --lengths if not given.")
 VARIANTS = flags.DEFINE_list("variants", list(DEFAULTS.variants), "Of RULER's needles.")
 DEPTHS = flags.DEFINE_integer("depths", DEFAULTS.depths, "Depths of needles.", lower_bound=2)
 SAMPLES = flags.DEFINE_integer(
@@ -70,6 +71,7 @@ def prepare() -> tuple[dict, list]:
     settings = Settings(
         tasks=tuple(TASK.value),
         lengths=tuple(map(int, LENGTHS.value)),
+        text_lengths=tuple(map(int, TEXT_LENGTHS.value)),
         text_tokens=TEXT_TOKENS.value,
         variants=tuple(VARIANTS.value),
         depths=DEPTHS.value,

@@ -20,7 +20,8 @@ TASKS = ("perplexity", "needle", "passkey", "babilong", "mqar")
 class Settings:
     """What to test. Lengths are tokens of the model's tokenizer, answers included.
 
-    tasks: names in `TASKS`. lengths: of the contexts. text_tokens: of perplexity, at each length.
+    tasks: names in `TASKS`. lengths: of the contexts. text_lengths: those of perplexity; none: the
+    same. text_tokens: of perplexity, at each length.
     variants: of needles, names in `needle.VARIANTS`. depths: number of depths of needles and
     passkeys, from 0 to 100 per cent. samples: at each length, depth and variant. prose: what hides
     needles and facts, see `haystack.prose`. seed: of all that is drawn.
@@ -31,6 +32,7 @@ class Settings:
 
     tasks: tuple[str, ...] = TASKS
     lengths: tuple[int, ...] = (512, 2048, 8192)
+    text_lengths: tuple[int, ...] = ()
     text_tokens: int = 1 << 18
     variants: tuple[str, ...] = tuple(needle.VARIANTS)
     depths: int = 5
@@ -48,8 +50,16 @@ class Settings:
         for name, least in (("text_tokens", 1), ("depths", 2), ("samples", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be at least {least}")
-        if not self.lengths or min(self.lengths) < 16:
-            raise ValueError(f"lengths={self.lengths}; there must be some, each at least 16")
+        if not self.lengths or min(self.lengths + self.text_lengths) < 16:
+            raise ValueError(
+                f"lengths={self.lengths}, text_lengths={self.text_lengths}; there must be some "
+                "lengths, and each must be at least 16"
+            )
+
+    def lengths_of(self, task: str) -> list[int]:
+        """Contexts of a task, short ones first."""
+        is_text = task == "perplexity" and self.text_lengths
+        return sorted(self.text_lengths if is_text else self.lengths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +109,7 @@ class Suite:
     def cases(self) -> Iterator[Case]:
         """Yield the cases, short contexts first within each task."""
         for task in self.settings.tasks:
-            for length in sorted(self.settings.lengths):
+            for length in self.settings.lengths_of(task):
                 yield from getattr(self, f"_{task}")(length)
 
     @functools.cached_property
@@ -110,7 +120,8 @@ class Suite:
 
     @functools.cached_property
     def _stream(self) -> np.ndarray:
-        tokens = max(self.settings.text_tokens, max(self.settings.lengths)) + 1
+        longest = max(self.settings.lengths_of("perplexity"))
+        tokens = max(self.settings.text_tokens, longest) + 1
         return text_stream(self.corpus, split=self.split, tokens=tokens)
 
     def _perplexity(self, length: int) -> Iterator[Case]:

@@ -117,7 +117,9 @@ def test_what_cannot_be_set_is_left_out_with_a_reason(evaluate, capsys):
         evaluate("--tasks=perplexity", "--lengths=65536", name="long")
     with pytest.raises(SystemExit, match="tasks has 'chess'"):
         evaluate("--tasks=chess")
-    with pytest.raises(SystemExit, match="there must be some, each at least 16"):
+    with pytest.raises(
+        SystemExit, match="there must be some lengths, and each must be at least 16"
+    ):
         evaluate("--lengths=8")
 
 
@@ -210,6 +212,9 @@ def test_tables_pool_what_belongs_together():
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="variants has 'double'"):
         suite.Settings(variants=("double",))
+    settings = suite.Settings(lengths=(512, 64), text_lengths=(1024,))
+    assert settings.lengths_of("perplexity") == [1024]
+    assert settings.lengths_of("needle") == [64, 512]
     for name in ("text_tokens", "samples"):
         with pytest.raises(ValueError, match=f"{name}=0; it must be at least 1"):
             dataclasses.replace(suite.Settings(), **{name: 0})
