@@ -228,7 +228,7 @@ def backward(
                 (plan.dtype, plan.q_dim, plan.chunk),
                 (plan.dtype, plan.q_dim, plan.v_dim),
                 (jnp.float32, 4, plan.chunk, LANES),
-                (jnp.float32, 3, plan.q_dim, LANES),
+                (jnp.float32, 2, plan.q_dim, LANES),
                 (jnp.float32, 8, plan.chunk),
             )
         ],
@@ -390,7 +390,7 @@ def _vmem_bytes(chunk: int, q_dim: int, v_dim: int, itemsize: int) -> int:
     """VMEM of a head's chunk."""
     state = 4 * (q_dim * v_dim + 8 * q_dim) * 4
     scratch = (2 * chunk * chunk + chunk * q_dim + q_dim * v_dim) * itemsize
-    scratch += (4 * chunk + 3 * q_dim) * LANES * 4
+    scratch += (4 * chunk + 2 * q_dim) * LANES * 4 + 8 * chunk * 4
     return _stream_bytes(chunk, q_dim, v_dim, itemsize) + state + scratch
 
 

@@ -21,7 +21,7 @@ first pass writes and the second reads) and 557,056.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -149,44 +149,44 @@ def _parts(row: Array, dtype: jnp.dtype) -> Array:
     return _above(*parts, jnp.zeros((_PARTS - len(parts), row.shape[1]), dtype))
 
 
+class _Columns(NamedTuple):
+    """Gates of A by column, along sublanes and alike in all lanes, [L, 128]."""
+
+    high: Array
+    low: Array
+    document: Array
+
+
 # Stands for the infinity of a gate that is closed, which would make NaN of zeros in a product.
 _CLOSED = 1e30
 
 
-def _spread(gates: Array, name: int) -> Array:
-    """One of the gates [8, L], along sublanes and alike in all lanes: [L, 128]."""
-    return jnp.broadcast_to(gates.T[:, name : name + 1], (gates.shape[1], LANES))
+def _spread(gates: Array) -> _Columns:
+    """Spread gates of columns.
 
-
-def _spread_by_products(gates: Array, names: tuple[int, ...]) -> list[Array]:
-    """`_spread` of several, for kernels whose matrix units have more time than the lanes' unit.
-
-    Products with ones of three parts each, which no rounding touches.
+    By products with ones, of three parts each that no rounding touches: the unit that moves values
+    across lanes would take longer.
     """
     rest, parts = jnp.minimum(gates, _CLOSED), []
     for _ in range(3):
         parts.append(_float(rest.astype(jnp.bfloat16)))
         rest = rest - parts[-1]
     parts = _above(*parts, jnp.zeros_like(rest)).astype(jnp.bfloat16).T
+    names = COLUMN_HIGH, COLUMN_LOW, DOCUMENT
     shape = parts.shape[1], len(names) * LANES
     row, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     chosen = functools.reduce(
         jnp.logical_or,
-        ((row % 8 == name) & (lane // LANES == index) for index, name in enumerate(names)),
+        ((row % 8 == name) & (lane // LANES == place) for place, name in enumerate(names)),
     )
-    found = _product(parts, jnp.where(chosen, 1.0, 0.0).astype(jnp.bfloat16))
-    return [found[:, lanes] for lanes in _tiles(shape[1], LANES)]
+    spread = _product(parts, jnp.where(chosen, 1.0, 0.0).astype(jnp.bfloat16))
+    return _Columns(*(spread[:, lanes] for lanes in _tiles(shape[1], LANES)))
 
 
-_OF_COLUMNS = COLUMN_HIGH, COLUMN_LOW, DOCUMENT
-
-
-class _Columns(NamedTuple):
-    """Gates of A by column, along sublanes [L, 128]."""
-
-    high: Array
-    low: Array
-    document: Array
+def _turn(row: Array) -> Array:
+    """A row [1, n] along sublanes, alike in all lanes [n, 128]: moved across lanes."""
+    column = jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
+    return jnp.broadcast_to(column, (row.shape[1], LANES))
 
 
 def _tokens(columns: slice, rows: slice) -> tuple[Array, Array]:
@@ -315,6 +315,17 @@ def _write(
     normalizer[...] = carry * normalizer[...] + _down(_product(_parts(kept, plan.dtype), k))
 
 
+def _in_turns(bodies: Iterable[Iterator[None]]) -> None:
+    """Run generators in turns, each to its next `yield`.
+
+    The compiler keeps to the order of the program where it can: with parts of one head between
+    those of another, each fills the time that the other waits for its products.
+    """
+    running = list(bodies)
+    while running:
+        running = [body for body in running if next(body, body) is not body]
+
+
 def _carry(plan: Plan, carry: Any, head: int, chunk: Array) -> Array:
     return carry[0, 0, 0, head * plan.chunks + chunk]
 
@@ -336,33 +347,33 @@ def forward_kernel(
         normalizer[...] = normalizer0[...]
 
     def read_and_write(place, chunk):
-        for head in range(plan.heads):
-            of_head = gates[0, head, place]
-            by_column = _Columns(*_spread_by_products(of_head, _OF_COLUMNS))
-            queries, keys = (_Lanes(plan, x, place, head, plan.q_dim) for x in (q, k))
-            values, outputs = (_Lanes(plan, x, place, head, plan.v_dim) for x in (v, h))
-            state, sums, copy = memory.at[0, head], normalizer.at[0, head], rounded.at[head]
-            n = _parts(sums[...], plan.dtype)
-            for rows in _tiles(plan.chunk, LANES):
-                query = queries[rows, :]
-                read = _read(
-                    plan,
-                    *(of_head, by_column, rows, query, keys[: rows.stop, :], n),
-                    scores.at[head],
-                )
-                # What a row reads of the chunk and of the memory, in one product.
-                for columns in _tiles(rows.stop, _AT_A_TIME):
-                    read_ = scores[head, columns] * read.inverse
-                    reads[head, columns] = read_.astype(plan.dtype)
-                read_ = _float(query.T) * (read.recall * read.inverse)
-                stop = rows.stop + plan.q_dim
-                reads[head, rows.stop : stop] = read_.astype(plan.dtype)
-                turned = reads[head, :stop].T
-                for columns in _tiles(plan.v_dim, plan.columns):
-                    stored = _above(values[: rows.stop, columns], copy[:, columns])
-                    outputs[rows, columns] = _product(turned, stored)
-            factor = _carry(plan, carry, head, chunk)
-            _write(plan, of_head, factor, keys[:, :], values, state, sums, copy)
+        _in_turns(run(head, place, chunk) for head in range(plan.heads))
+
+    def run(head, place, chunk):
+        of_head = gates[0, head, place]
+        by_column = _spread(of_head)
+        queries, keys = (_Lanes(plan, x, place, head, plan.q_dim) for x in (q, k))
+        values, outputs = (_Lanes(plan, x, place, head, plan.v_dim) for x in (v, h))
+        state, sums, copy = memory.at[0, head], normalizer.at[0, head], rounded.at[head]
+        n = _parts(sums[...], plan.dtype)
+        for rows in _tiles(plan.chunk, LANES):
+            query, stop = queries[rows, :], rows.stop
+            read = _read(
+                plan, *(of_head, by_column, rows, query, keys[:stop, :], n), scores.at[head]
+            )
+            yield
+            # What a row reads of the chunk and of the memory, in one product.
+            for columns in _tiles(stop, _AT_A_TIME):
+                weighed = scores[head, columns] * read.inverse
+                reads[head, columns] = weighed.astype(plan.dtype)
+            weighed = _float(query.T) * (read.recall * read.inverse)
+            reads[head, stop : stop + plan.q_dim] = weighed.astype(plan.dtype)
+            turned = reads[head, : stop + plan.q_dim].T
+            for columns in _tiles(plan.v_dim, plan.columns):
+                stored = _above(values[:stop, columns], copy[:, columns])
+                outputs[rows, columns] = _product(turned, stored)
+        factor = _carry(plan, carry, head, chunk)
+        _write(plan, of_head, factor, keys[:, :], values, state, sums, copy)
 
     _walk(plan, False, read_and_write)
 
@@ -403,7 +414,8 @@ class Scratch:
         rounded: dC, [heads, Dk, Dv].
         block: of a block of rows, A, S and dS, and of all so far the cotangent of log A, summed
             over blocks, [heads, 4, L, 128], in float32.
-        query: of a block of rows, q and its cotangent; n; [heads, 3, Dk, 128], likewise.
+        query: of a block of rows, q and its cotangent, [heads, 2, Dk, 128], likewise.
+        rows: 1 / divisor, the derivative of the divisor by d, and g dd, [heads, 8, L], likewise.
     """
 
     scores: Any
@@ -451,23 +463,9 @@ def backward_kernel(plan, carry, inputs, dstate0, outputs, dstate, scratch: Scra
             )
             for head in range(plan.heads)
         ]
-        # What is of one head lies between what is of another: each fills the other's waiting time.
-        for phase in _phases(plan):
-            for head in chunks:
-                phase(head)
+        _in_turns(map(_pull_back, chunks))
 
     _walk(plan, True, pull_back)
-
-
-def _phases(plan: Plan) -> list[Callable[["_Chunk"], None]]:
-    """What the backward pass of a chunk consists of, in order."""
-    blocks = _tiles(plan.chunk, LANES)
-    by_rows = (_read_rows, _pull_back_rows, _pull_back_queries)
-    return [
-        *(functools.partial(phase, rows) for rows in blocks for phase in by_rows),
-        *(functools.partial(_pull_back_columns, columns) for columns in blocks),
-        _pull_back_state,
-    ]
 
 
 class _Chunk(NamedTuple):
@@ -492,6 +490,19 @@ class _Chunk(NamedTuple):
     scratch: Scratch
 
 
+def _pull_back(x: _Chunk) -> Iterator[None]:
+    """Cotangents of one head's chunk."""
+    for rows in _tiles(x.plan.chunk, LANES):
+        _read_rows(rows, x)
+        yield
+        _pull_back_rows(rows, x)
+        yield
+        _pull_back_queries(rows, x)
+    for columns in _tiles(x.plan.chunk, LANES):
+        _pull_back_columns(columns, x)
+    _pull_back_state(x)
+
+
 # Rows of what is kept of rows.
 _INVERSE, _SLOPE, _DSUM = range(3)
 
@@ -499,7 +510,7 @@ _INVERSE, _SLOPE, _DSUM = range(3)
 def _read_rows(rows: slice, x: _Chunk) -> None:
     """Leave what a block of rows reads: A, S, and how d depends on them."""
     plan, scratch, gates = x.plan, x.scratch, x.gates[...]
-    by_column = _Columns(*(_spread(gates, name) for name in _OF_COLUMNS))
+    by_column = _spread(gates)
     weights, scores, *_ = (scratch.block.at[index] for index in range(4))
     query = x.q[rows, :]
     parts = _parts(x.normalizer[...], plan.dtype)
@@ -520,7 +531,7 @@ def _pull_back_rows(rows: slice, x: _Chunk) -> None:
     """Through h to A and to what a block of rows recalls."""
     plan, scratch, stop = x.plan, x.scratch, rows.stop
     weights, scores, dscores, dcolumns = (scratch.block.at[index] for index in range(4))
-    turned, recalled, n_column = (scratch.query.at[index] for index in range(3))
+    turned, recalled = (scratch.query.at[index] for index in range(2))
     recall, inverse = _row(x.gates, RECALL, rows), _row(scratch.rows, _INVERSE, rows)
     through = _inner(_above(x.v[:stop, :], x.memory[...]), x.dh[rows, :])
     total = jnp.zeros_like(inverse)
@@ -558,10 +569,10 @@ def _pull_back_rows(rows: slice, x: _Chunk) -> None:
 def _pull_back_queries(rows: slice, x: _Chunk) -> None:
     """Queries of a block of rows, and the sums of their part in what is recalled."""
     plan, scratch, stop = x.plan, x.scratch, rows.stop
-    turned, recalled, _ = (scratch.query.at[index] for index in range(3))
+    turned, recalled = (scratch.query.at[index] for index in range(2))
     recall, inverse = _row(x.gates, RECALL, rows), _row(scratch.rows, _INVERSE, rows)
     if plan.normalized:
-        n_column = _spread(jnp.broadcast_to(x.normalizer[...], (8, plan.q_dim)), 0)
+        n_column = _turn(x.normalizer[...])
         dsum = _row(scratch.rows, _DSUM, rows)
     inside = _product(x.k[:stop, :].T, scratch.dweights[:stop, rows])
     drow = x.dgates[D_ROW : D_ROW + 1, rows]
@@ -578,7 +589,7 @@ def _pull_back_queries(rows: slice, x: _Chunk) -> None:
 def _pull_back_columns(columns: slice, x: _Chunk) -> None:
     """Keys and values of a block of columns, through the chunk and the state after it."""
     plan, scratch = x.plan, x.scratch
-    kept = _wide(_spread(x.gates[:, columns], KEPT), plan.q_dim)
+    kept = _wide(_turn(_row(x.gates, KEPT, columns)), plan.q_dim)
     ones = jnp.ones((_PARTS, plan.q_dim), plan.dtype)
     later = slice(columns.start, plan.chunk)
     key, query = _float(x.k[columns, :]), x.q[later, :]

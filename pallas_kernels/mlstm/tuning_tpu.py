@@ -21,7 +21,7 @@ class TuningConfig:
         columns: columns of a product's result that are held at a time, a multiple of 128.
     """
 
-    heads: int = 2
+    heads: int = 4
     tokens: int = 512
     longest_chunk: int = 256
     columns: int = 256
