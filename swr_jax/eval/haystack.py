@@ -93,6 +93,12 @@ def _paragraphs(document: bytes | np.ndarray, source: str) -> list[str]:
     return [paragraph for text in found if text for paragraph in text.split("\n\n")]
 
 
+def shorten(sentences: Sequence[str], *, characters: int) -> list[str]:
+    """Return the first sentences that have `characters` together (all if they have fewer)."""
+    ends = np.cumsum([len(sentence) + 1 for sentence in sentences])
+    return list(sentences[: int(np.searchsorted(ends, characters)) + 1])
+
+
 def digest(sentences: Sequence[str]) -> str:
     """Tell haystacks apart: Python versions, and users, have different text."""
     return hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:12]

@@ -113,10 +113,13 @@ class Suite:
                 yield from getattr(self, f"_{task}")(length)
 
     @functools.cached_property
-    def prose(self) -> list[str]:
-        """Sentences of the haystacks, about as many as the longest context holds."""
+    def _sentences(self) -> list[str]:
         # Five bytes a token are more than tokenizers reach on English.
         return haystack.prose(self.settings.prose, characters=5 * max(self.settings.lengths))
+
+    def prose(self, length: int) -> list[str]:
+        """Sentences of the haystacks of a length, whatever other lengths are tested."""
+        return haystack.shorten(self._sentences, characters=5 * length)
 
     @functools.cached_property
     def _stream(self) -> np.ndarray:
@@ -140,10 +143,11 @@ class Suite:
     def _needle(self, length: int) -> Iterator[Case]:
         for name in self.settings.variants:
             variant = needle.VARIANTS[name]
+            prose = self.prose(length)
 
-            def make(size: int, depth: float, seed: Sequence[int], variant=variant):
+            def make(size: int, depth: float, seed: Sequence[int], variant=variant, prose=prose):
                 return needle.needle_sample(
-                    variant, haystack_size=size, prose=self.prose, depth=depth, seed=seed
+                    variant, haystack_size=size, prose=prose, depth=depth, seed=seed
                 )
 
             yield from self._retrieval(
@@ -195,16 +199,17 @@ class Suite:
                 "example": {"references": samples[0].references, "answer": answers[0]},
             }
 
-        yield Case(f"{name}/{length}", self._drawn(), len(asked) * length, run)
+        yield Case(f"{name}/{length}", self._drawn(length), len(asked) * length, run)
 
     def _babilong(self, length: int) -> Iterator[Case]:
         count, seed = self.settings.samples * self.settings.depths, self.settings.seed
+        prose = self.prose(length)
         for task in babilong.PROMPTS:
 
             def run(progress: Progress, task=task) -> dict:
                 def make(size: int, number: int) -> needle.Sample:
                     return babilong.babilong_sample(
-                        task, haystack_size=size, prose=self.prose, seed=(seed, length, number)
+                        task, haystack_size=size, prose=prose, seed=(seed, length, number)
                     )
 
                 samples = [
@@ -224,7 +229,7 @@ class Suite:
                 example = {"references": samples[0].references, "answer": answers[0]}
                 return {**_share(found), "example": example}
 
-            yield Case(f"babilong/{task}/{length}", self._drawn(), count * length, run)
+            yield Case(f"babilong/{task}/{length}", self._drawn(length), count * length, run)
 
     def _mqar(self, length: int) -> Iterator[Case]:
         count, seed = self.settings.samples * self.settings.depths, self.settings.seed
@@ -245,16 +250,16 @@ class Suite:
             asked = [found for found in by_distance if found["queries"]]
             return {**_share(right.reshape(-1).tolist()), "pairs": pairs, "by_distance": asked}
 
-        yield Case(f"mqar/{length}", self._drawn(), count * length, run)
+        yield Case(f"mqar/{length}", self._drawn(length), count * length, run)
 
-    def _drawn(self) -> dict:
+    def _drawn(self, length: int) -> dict:
         """What the samples of a case depend on."""
         values = self.settings
         return {
             "samples": values.samples,
             "depths": values.depths,
             "seed": values.seed,
-            "prose": haystack.digest(self.prose),
+            "prose": haystack.digest(self.prose(length)),
         }
 
     def _answers(

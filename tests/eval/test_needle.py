@@ -5,7 +5,7 @@ import re
 import pytest
 
 from swr_jax.data import ByteTokenizer
-from swr_jax.eval.haystack import ADJECTIVES, NOUNS, digest, draw_distinct, prose
+from swr_jax.eval.haystack import ADJECTIVES, NOUNS, digest, draw_distinct, prose, shorten
 from swr_jax.eval.needle import (
     NOISE,
     VARIANTS,
@@ -164,6 +164,15 @@ def test_words_are_words_and_enough():
     for words, least in ((ADJECTIVES, 150), (NOUNS, 200)):
         assert len(words) == len(set(words)) > least
         assert all(re.fullmatch("[a-z]+", word) for word in words)
+
+
+def test_shortened_prose_does_not_depend_on_what_it_was_shortened_from():
+    for characters in (1, 31, 32, 100, 10_000):
+        short = shorten(PROSE, characters=characters)
+        assert short == PROSE[: len(short)]
+        assert shorten(PROSE[: len(short) + 1], characters=characters) == short
+        assert len(short) == 5 or sum(len(s) + 1 for s in short) >= characters
+        assert sum(len(s) + 1 for s in short[:-1]) < characters
 
 
 def test_prose_is_sentences_of_docstrings_and_texts(tmp_path):
