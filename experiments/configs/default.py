@@ -81,7 +81,10 @@ def get_config() -> ConfigDict:
     data.source = "python"  # Python's own library, or a file, folder or pattern
     data.kind = "auto"  # by suffix; or "text", "jsonl", "parquet", "arrayrecord"
     data.text_field = "text"  # field of JSON lines, column of Parquet
+    data.more_sources = ()  # prepared folders to mix with source, as ("code/", "maths/")
+    data.weights = ()  # of source and each of these: shares of the tokens, as (0.7, 0.2, 0.1)
     data.tokenizer = "bytes"  # or a tokenizer.json, or a SentencePiece .model
+    data.verify = True  # compare a prepared folder with its SHA-256 before the first step
     data.sequence_length = 256  # tokens per row
     data.batch_size = 16  # rows per update, over all processes
     data.seed = 0  # of the order of documents

@@ -9,13 +9,17 @@ import shutil
 import tempfile
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import SupportsIndex
+from types import ModuleType
+from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 
 from swr_jax.data.tokenizers import text_to_bytes
+
+if TYPE_CHECKING:
+    from pyarrow import parquet
 
 # A source of a few text files would leave nothing to hold out, so below this number of files they
 # are cut into about so many pieces. Files beyond the largest piece are cut in any case, so that a
@@ -35,27 +39,30 @@ class TextFiles:
     Args:
       paths: the files.
 
+    Attributes:
+      spans: file, first byte and the byte after the last, of every document.
+
     Raises:
       ValueError: a file is missing, unreadable or empty.
     """
 
     def __init__(self, paths: Sequence[Path]):
-        sizes = [_file_size(path) for path in paths]
+        sizes = [file_size(path) for path in paths]
         limit = _LARGEST_PIECE
         if len(paths) < _FEW_FILES:
             limit = min(max(sum(sizes) // _FEW_FILES, _SMALLEST_PIECE), _LARGEST_PIECE_OF_FEW)
-        self._spans: list[tuple[Path, int, int]] = []
+        self.spans: list[tuple[Path, int, int]] = []
         for path, size in zip(paths, sizes, strict=True):
             cuts = [0, size] if size <= limit else _line_cuts(path, limit)
-            self._spans += [(path, *span) for span in itertools.pairwise(cuts)]
+            self.spans += [(path, *span) for span in itertools.pairwise(cuts)]
 
     def __len__(self) -> int:
         """Number of documents."""
-        return len(self._spans)
+        return len(self.spans)
 
     def __getitem__(self, index: SupportsIndex) -> bytes:
         """Bytes of document `index`."""
-        path, start, stop = self._spans[index]
+        path, start, stop = self.spans[index]
         with open(path, "rb") as file:
             file.seek(start)
             return file.read(stop - start)
@@ -72,8 +79,9 @@ class JsonLines:
       text_field: key of the text in each object.
 
     Raises:
-      ValueError: a file is missing, unreadable, empty or not gzip through its end; when a document
-        is read, its line is not a JSON object with a string at `text_field` (file:line is named).
+      ValueError: a file is missing, unreadable, empty or not gzip through its end; or a line, the
+        first of each file now and the others when they are read, is not a JSON object with a string
+        at `text_field` (file:line is named).
     """
 
     def __init__(self, paths: Sequence[Path], *, text_field: str = "text"):
@@ -85,6 +93,8 @@ class JsonLines:
             if not len(starts):
                 raise ValueError(f"{path} is empty: it must hold one JSON object per line")
         self._first = np.cumsum([0] + [len(starts) for starts, _ in self._lines])
+        for index in self._first[:-1]:  # another schema is known before anything is trained
+            self[index]
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -95,18 +105,7 @@ class JsonLines:
         file, line = _locate(self._first, index)
         starts, stops = self._lines[file]
         raw = self._files[file][starts[line] : stops[line]].tobytes()
-        try:
-            record = json.loads(raw.decode("utf-8", "replace"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self._place(file, line)} is not valid JSON: {error}") from error
-        text = record.get(self._text_field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            found = f"has {sorted(record)}" if isinstance(record, dict) else "is no object"
-            raise ValueError(
-                f"{self._place(file, line)} {found}: it must be an object with a string at "
-                f"{self._text_field!r}; name another field with text_field="
-            )
-        return text_to_bytes(text)
+        return text_of_json(raw, self._text_field, place=lambda: self._place(file, line))
 
     def _place(self, file: int, line: int) -> str:
         # Line numbers are counted only when there is something to report.
@@ -132,25 +131,12 @@ class ParquetRows:
     """
 
     def __init__(self, paths: Sequence[Path], *, text_field: str = "text"):
-        try:
-            import pyarrow
-            from pyarrow import parquet
-        except ImportError as error:
-            raise ImportError(
-                "Parquet files need the package 'pyarrow': pip install 'swr_jax[text]'"
-            ) from error
-        self._arrow, self._parquet = pyarrow, parquet
+        self._arrow, self._parquet = _import_parquet()
         self._text_field = text_field
         self._groups = []  # (path, metadata of the file, row group)
         rows = [0]
         for path in paths:
-            _file_size(path)
-            try:
-                file = parquet.ParquetFile(path)
-            except pyarrow.ArrowInvalid as error:
-                raise ValueError(f"{path} is not a Parquet file: {error}") from error
-            with file:
-                self._check_column(path, file.schema_arrow)
+            with open_parquet(path, text_field) as file:
                 for group in range(file.metadata.num_row_groups):
                     self._groups.append((path, file.metadata, group))
                     rows.append(file.metadata.row_group(group).num_rows)
@@ -170,26 +156,8 @@ class ParquetRows:
         text = self._column(group)[row].as_py()
         if text is None:
             path, _, number = self._groups[group]
-            raise ValueError(
-                f"{path}, row {row} of row group {number}: {self._text_field!r} is null and "
-                "must be text; drop such rows"
-            )
+            raise null_text(path, row, number, self._text_field)
         return text
-
-    def _check_column(self, path: Path, schema) -> None:
-        types = self._arrow.types
-        is_text = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
-        if self._text_field not in schema.names:
-            raise ValueError(
-                f"{path} has the columns {schema.names}: text_field={self._text_field!r} must be "
-                "one of them"
-            )
-        kind = schema.field(self._text_field).type
-        if not any(test(kind) for test in is_text):
-            raise ValueError(
-                f"{path}: column {self._text_field!r} is {kind} and must be string or binary; "
-                "name another with text_field="
-            )
 
     def _column(self, group: int):
         with self._lock:
@@ -198,7 +166,10 @@ class ParquetRows:
                 return self._cache[group]
             path, metadata, number = self._groups[group]
             with self._parquet.ParquetFile(path, metadata=metadata) as file:
-                table = file.read_row_group(number, columns=[self._text_field])
+                try:
+                    table = file.read_row_group(number, columns=[self._text_field])
+                except (OSError, self._arrow.ArrowInvalid) as error:
+                    raise ValueError(f"{path}: row group {number} is damaged: {error}") from error
             # Binary, so that text which is not valid UTF-8 can be read at all.
             column = table.column(0).cast(self._arrow.large_binary()).combine_chunks()
             self._cache[group] = column
@@ -210,7 +181,70 @@ class ParquetRows:
             return column
 
 
-def _file_size(path: Path) -> int:
+def text_of_json(line: bytes, text_field: str, *, place: Callable[[], str]) -> bytes:
+    """Text of one JSON object as UTF-8; undecodable bytes become U+FFFD.
+
+    Raises:
+      ValueError: it is not an object with a string at `text_field`; `place()` says where it is.
+    """
+    try:
+        record = json.loads(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place()} is not valid JSON: {error}") from error
+    text = record.get(text_field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        found = f"has {sorted(record)}" if isinstance(record, dict) else "is no object"
+        raise ValueError(
+            f"{place()} {found}: it must be an object with a string at {text_field!r}; name "
+            "another field with text_field="
+        )
+    return text_to_bytes(text)
+
+
+def open_parquet(path: Path, text_field: str) -> "parquet.ParquetFile":
+    """Opens a Parquet file; ValueError if it is none or has no string column `text_field`."""
+    arrow, parquet = _import_parquet()
+    file_size(path)
+    try:
+        file = parquet.ParquetFile(path)
+    except arrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a Parquet file: {error}") from error
+    schema, types = file.schema_arrow, arrow.types
+    if text_field not in schema.names:
+        raise ValueError(
+            f"{path} has the columns {schema.names}: text_field={text_field!r} must be one of them"
+        )
+    kind = schema.field(text_field).type
+    is_text = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    if not any(test(kind) for test in is_text):
+        raise ValueError(
+            f"{path}: column {text_field!r} is {kind} and must be string or binary; "
+            "name another with text_field="
+        )
+    return file
+
+
+def null_text(path: Path, row: int, group: int, text_field: str) -> ValueError:
+    """The error of a row of Parquet that holds no text."""
+    return ValueError(
+        f"{path}, row {row} of row group {group}: {text_field!r} is null and must be text; drop "
+        "such rows"
+    )
+
+
+def _import_parquet() -> tuple[ModuleType, ModuleType]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(
+            "Parquet files need the package 'pyarrow': pip install 'swr_jax[text]'"
+        ) from error
+    return pyarrow, parquet
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a file; ValueError if it cannot be read or holds none."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -239,7 +273,7 @@ def _line_cuts(path: Path, limit: int) -> list[int]:
 
 def _map_file(path: Path) -> np.ndarray:
     """Content of a file as uint8, mapped; a gzipped one is unpacked into a temporary file."""
-    _file_size(path)
+    file_size(path)
     with open(path, "rb") as file:
         if file.read(2) != b"\x1f\x8b":
             return np.memmap(path, np.uint8, mode="r")

@@ -33,6 +33,7 @@ class PackingOptions:
         batch are given, b = batch_size / process_count.
       pad_id: fills rows beyond the last document.
       num_documents: documents per epoch; a window takes no more, rounded up to whole batches.
+      content: what tells the corpus from others of as many documents, where it is known.
     """
 
     batch_size: int
@@ -43,6 +44,7 @@ class PackingOptions:
     process_count: int
     pad_id: int
     num_documents: int
+    content: str | None = None
 
 
 class PackIterDataset(grain.IterDataset):
@@ -146,7 +148,7 @@ class _PackIterator(grain.DatasetIterator):
 
     def _layout(self) -> dict[str, Any]:
         """What decides which batch comes where; the number of processes does not."""
-        names = ("batch_size", "sequence_length", "window", "seed", "num_documents")
+        names = ("batch_size", "sequence_length", "window", "seed", "num_documents", "content")
         return {name: getattr(self._options, name) for name in names}
 
     def start_prefetch(self) -> None:

@@ -1,6 +1,8 @@
-"""From a corpus to batches: split by document, shuffle, tokenise, pack."""
+"""From one corpus or several to batches: split by document, shuffle, mix, tokenise, pack."""
 
 import dataclasses
+import itertools
+import math
 from typing import Literal, SupportsIndex
 
 import grain
@@ -8,7 +10,7 @@ import numpy as np
 
 from swr_jax.data.packing import PackingOptions, PackIterDataset
 from swr_jax.data.sources import DocumentSource, open_source
-from swr_jax.data.token_records import TokenRecords
+from swr_jax.data.token_records import JoinedRecords, TokenRecords
 from swr_jax.data.tokenizers import Tokenizer, load_tokenizer
 
 Split = Literal["train", "validation"]
@@ -20,7 +22,12 @@ class DataConfig:
 
     Attributes:
       source, kind, text_field: see `open_source`.
+      more_sources: folders to mix with `source`; all of them, it included, must hold token records.
+      weights: share of the tokens that come from `source` and from each of `more_sources`, in this
+        order; they need not sum to 1. () is for `source` alone.
       tokenizer: see `load_tokenizer`.
+      verify: whether token records are read through and compared with their SHA-256 before the
+        first step. Without it damage shows when a damaged document is read.
       sequence_length: tokens per row, T.
       batch_size: rows per global batch, over all processes.
       seed: of the order of documents and rows. The split does not depend on it, so runs with
@@ -35,7 +42,10 @@ class DataConfig:
     source: str = "python"
     kind: str = "auto"
     text_field: str = "text"
+    more_sources: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
     tokenizer: str = "bytes"
+    verify: bool = True
     sequence_length: int = 1024
     batch_size: int = 8
     seed: int = 0
@@ -54,6 +64,12 @@ class DataConfig:
             raise ValueError(
                 f"validation_fraction={self.validation_fraction} must be at least 0 and below 1"
             )
+        expected = 1 + len(self.more_sources) if self.more_sources else 0
+        if len(self.weights) != expected or not all(0 < w < math.inf for w in self.weights):
+            raise ValueError(
+                f"weights={self.weights} must be {expected} positive numbers: one for source and "
+                f"one for each of more_sources={self.more_sources}, or () if there are none"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +77,19 @@ class Corpus:
     """An opened source with its tokenizer and its split.
 
     Attributes:
-      source: all documents.
+      source: all documents; of several sources one after the other.
       tokenizer: gives their ids.
       train, validation: indices of the documents of each split, int64, ascending.
+      first: index of the first document of each source.
+      weights: share of the tokens that come from each.
     """
 
     source: DocumentSource
     tokenizer: Tokenizer
     train: np.ndarray
     validation: np.ndarray
+    first: tuple[int, ...] = (0,)
+    weights: tuple[float, ...] = (1.0,)
 
     def tokens(self, document: bytes | np.ndarray) -> np.ndarray:
         """Token ids of a document of `source`, int32 [n], without special tokens."""
@@ -89,39 +109,93 @@ class Corpus:
             )
         return indices
 
+    def by_source(self, split: Split) -> list[np.ndarray]:
+        """`indices(split)`, apart for each source."""
+        indices = self.indices(split)
+        return np.split(indices, np.searchsorted(indices, self.first[1:]))
+
+    def document_weights(self, split: Split) -> list[float]:
+        """Share of the documents that come from each source, so that tokens have their weights."""
+        if len(self.weights) == 1:
+            return [1.0]
+        lengths = np.diff(self.source.offsets)
+        # A document is one target more than it has tokens, and none if it has no token.
+        targets = [(lengths[i] + 1)[lengths[i] > 0].sum() for i in self.by_source(split)]
+        documents = [len(indices) for indices in self.by_source(split)]
+        parts = zip(self.weights, targets, documents, strict=True)
+        shares = np.array([weight * count / max(total, 1) for weight, total, count in parts])
+        return (shares / shares.sum()).tolist()
+
 
 def open_corpus(config: DataConfig) -> Corpus:
     """Opens the source and the tokenizer of `config` and splits the documents.
 
-    Held out are the documents whose index hashes lowest, so the split is a function of the number
-    of documents and the fraction alone.
+    Held out are, of each source, the documents whose index hashes lowest, so the split is a
+    function of the number of documents and the fraction alone.
 
     Raises:
       ValueError: see `open_source` and `load_tokenizer`; or the records were made by another
-        tokenizer; or the training split would be empty.
+        tokenizer or are damaged; or a source of several has no records; or the training split would
+        be empty.
       ImportError: a package that the source or the tokenizer needs is missing.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    source = open_source(config.source, kind=config.kind, text_field=config.text_field)
-    if isinstance(source, TokenRecords) and source.fingerprint != tokenizer.fingerprint:
+    sources = [
+        _open_checked(name, config, tokenizer) for name in (config.source, *config.more_sources)
+    ]
+    splits = [_split(len(source), config.validation_fraction) for source in sources]
+    first = tuple(itertools.accumulate(map(len, sources[:-1]), initial=0))
+    train, validation = (
+        np.concatenate([begin + split[part] for begin, split in zip(first, splits, strict=True)])
+        for part in range(2)
+    )
+    source = sources[0] if len(sources) == 1 else JoinedRecords(sources)
+    corpus = Corpus(source, tokenizer, train, validation, first, config.weights or (1.0,))
+    corpus.indices("train")
+    for name, part in zip((config.source, *config.more_sources), splits, strict=True):
+        if not len(part[0]):
+            raise ValueError(
+                f"source={name!r} has no document left to train on: lower validation_fraction="
+                f"{config.validation_fraction}, or leave it out"
+            )
+    return corpus
+
+
+def _open_checked(name: str, config: DataConfig, tokenizer: Tokenizer) -> DocumentSource:
+    source = open_source(name, kind=config.kind, text_field=config.text_field)
+    if not isinstance(source, TokenRecords):
+        if config.more_sources:
+            raise ValueError(
+                f"source={name!r} is text, and sources are mixed by their tokens, which only token "
+                "records know: prepare each with experiments/prepare_data.py first"
+            )
+        return source
+    if source.fingerprint != tokenizer.fingerprint:
         raise ValueError(
             f"tokenizer={config.tokenizer!r} is not the one that made the token records of "
-            f"source={config.source!r}: train with tokenizer={source.tokenizer!r}, or prepare "
+            f"source={name!r}: train with tokenizer={source.tokenizer!r}, or prepare "
             "the records anew"
         )
-    num_documents = len(source)
-    held_out = round(config.validation_fraction * num_documents)
-    if config.validation_fraction:
+    if source.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"source={name!r} was prepared for a vocabulary of {source.vocab_size}, "
+            f"tokenizer={config.tokenizer!r} has {tokenizer.vocab_size}: prepare the records anew"
+        )
+    if config.verify:
+        source.verify(threads=config.read_threads)
+    return source
+
+
+def _split(num_documents: int, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices to train on, and those held out."""
+    held_out = round(validation_fraction * num_documents)
+    if validation_fraction:
         held_out = max(held_out, 1)
     is_validation = np.zeros(num_documents, bool)
     if held_out:
         order = _hash(np.arange(num_documents, dtype=np.uint64))
         is_validation[np.argpartition(order, held_out - 1)[:held_out]] = True
-    corpus = Corpus(
-        source, tokenizer, np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
-    )
-    corpus.indices("train")
-    return corpus
+    return np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
 
 
 def make_dataset(
@@ -143,7 +217,8 @@ def make_dataset(
         batch does not depend on their number. Where tokenising everything in every process is too
         slow, tokenise once with `experiments/prepare_data.py`.
       epochs: passes over the documents; None is no end for "train" and 1 for "validation". Every
-        pass has another order.
+        pass has another order. Several sources are each gone through so often, and end together
+        with the one that ends first.
       corpus: what `open_corpus(config)` gave, if it is open already.
 
     Returns:
@@ -163,16 +238,22 @@ def make_dataset(
     if epochs is not None and epochs < 1:
         raise ValueError(f"epochs={epochs} must be at least 1, or None")
     corpus = open_corpus(config) if corpus is None else corpus
-    indices = corpus.indices(split)
-    documents = grain.MapDataset.source(_Subset(corpus.source, indices))
     shuffled = split == "train"
     # One seed for each use: neighbouring seeds of a user must not share orders.
     document_seed, row_seed = map(int, np.random.SeedSequence(config.seed).generate_state(2))
-    if shuffled:
-        documents = documents.shuffle(seed=document_seed)
-        documents = documents.repeat(epochs)
-    else:
-        documents = documents.repeat(epochs or 1)
+    more = np.random.SeedSequence(config.seed, spawn_key=(0,))
+    document_seeds = [document_seed, *map(int, more.generate_state(len(config.more_sources)))]
+    parts = []
+    for number, indices in enumerate(corpus.by_source(split)):
+        part = grain.MapDataset.source(_Subset(corpus.source, indices))
+        if shuffled:
+            part = part.shuffle(seed=document_seeds[number]).repeat(epochs)
+        else:
+            part = part.repeat(epochs or 1)
+        parts.append(part)
+    documents = parts[0]
+    if len(parts) > 1:
+        documents = grain.MapDataset.mix(parts, corpus.document_weights(split))
 
     begin, end = corpus.tokenizer.bos_id, corpus.tokenizer.eos_id
 
@@ -195,7 +276,8 @@ def make_dataset(
         process_index=process_index,
         process_count=process_count,
         pad_id=corpus.tokenizer.pad_id,
-        num_documents=len(indices),
+        num_documents=len(corpus.indices(split)),
+        content=getattr(corpus.source, "content", None),
     )
     return PackIterDataset(
         documents.map(with_ends).to_iter_dataset(read_options),

@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 
 from swr_jax.data.documents import JsonLines, ParquetRows, TextFiles
-from swr_jax.data.token_records import METADATA_NAME, TokenRecords
+from swr_jax.data.token_records import PREPARATION_NAME, TokenRecords
 
 KINDS = ("auto", "python", "text", "jsonl", "parquet", "arrayrecord")
 _SUFFIXES = {
@@ -58,34 +58,49 @@ def open_source(source: str, *, kind: str = "auto", text_field: str = "text") ->
         kinds in one folder, or an unknown kind. The message names the file.
       ImportError: Parquet without pyarrow.
     """
+    kind, paths = list_source(source, kind=kind)
+    if kind == "text":
+        return TextFiles(paths)
+    if kind == "jsonl":
+        return JsonLines(paths, text_field=text_field)
+    if kind == "parquet":
+        return ParquetRows(paths, text_field=text_field)
+    return TokenRecords(paths)
+
+
+def list_source(source: str, *, kind: str = "auto") -> tuple[str, list[Path]]:
+    """What `open_source` would read: "text", "jsonl", "parquet" or "arrayrecord", and the files.
+
+    Raises:
+      ValueError: see `open_source`, short of what opening the files would show.
+    """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
     if kind == "python" or (kind == "auto" and source == "python"):
-        return TextFiles(_standard_library_files())
+        return "text", _standard_library_files()
 
     paths = _list_files(source)
     searched = paths != [Path(source)]
     if kind == "auto":
-        kinds = {_kind_of(path) for path in paths if path.name != METADATA_NAME}
+        # Token records have an index beside them, which is no text.
+        kinds = {_kind_of(path) for path in paths}
+        if "arrayrecord" in kinds:
+            kinds = {"arrayrecord"}
         if len(kinds) > 1:
             raise ValueError(
                 f"source={source!r} holds files of several kinds ({', '.join(sorted(kinds))}): "
                 "name the one to read with kind="
             )
-        kind = kinds.pop() if kinds else "text"
-    elif searched and kind != "text":
+        (kind,) = kinds
+    if searched and kind == "text":
+        paths = _readable_text_files(source, paths)
+    elif searched:
         paths = [path for path in paths if _kind_of(path) == kind]
         if not paths:
             raise ValueError(
                 f"source={source!r} holds no file of kind {kind!r} ({' '.join(_SUFFIXES[kind])})"
             )
-    if kind == "text":
-        return TextFiles(_readable_text_files(source, paths) if searched else paths)
-    if kind == "jsonl":
-        return JsonLines(paths, text_field=text_field)
-    if kind == "parquet":
-        return ParquetRows(paths, text_field=text_field)
-    return TokenRecords([path for path in paths if path.name != METADATA_NAME])
+    return kind, paths
 
 
 def _list_files(source: str) -> list[Path]:
@@ -118,6 +133,8 @@ def _walk(root: Path, source: str, *, skip: frozenset[str] = frozenset()) -> lis
 
 
 def _kind_of(path: Path) -> str:
+    if path.name == PREPARATION_NAME:  # of token records, of which there may be none yet
+        return "arrayrecord"
     for kind, suffixes in _SUFFIXES.items():
         if path.name.endswith(suffixes):
             return kind

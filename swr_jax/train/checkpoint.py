@@ -20,6 +20,7 @@ _OF_NO_EFFECT = (
     "model.mlstm.chunk_size ",
     "model.gated_delta.chunk_size ",
     "data.read_threads ",
+    "data.verify ",
 )
 
 
@@ -27,7 +28,9 @@ class Checkpointer:
     """Saves and restores training states in the folder `checkpoints` of `workdir`, one per step.
 
     A checkpoint has four items: `params`; `optimizer` (its state, the step and the PRNG key);
-    `data`, each process's place in the training data; `config`, the run's configuration.
+    `data`, the place in the training data; `config`, the run's configuration. The place is that of
+    all processes together, so a run may go on with more of them or fewer: none of its documents is
+    repeated or left out.
     Saving is asynchronous, and a checkpoint whose writing was cut off is never taken for a whole
     one. Use it as a context manager: leaving it waits for the last write.
     """
@@ -66,13 +69,13 @@ class Checkpointer:
         """Starts to write a checkpoint of `step`; returns once `state` may be overwritten."""
         if step == self.latest_step():
             return
-        run = {"config": to_dict(config), "process_count": jax.process_count()}
+        run = {"config": to_dict(config)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 optimizer=ocp.args.StandardSave(_optimizer_item(state)),
-                data=grain.checkpoint.CheckpointSave(data_iterator),
+                data=ocp.args.JsonSave(data_iterator.get_state()),
                 config=ocp.args.JsonSave(run),
             ),
         )
@@ -90,8 +93,7 @@ class Checkpointer:
     ) -> TrainState:
         """The state of `step` in the shardings of `abstract_state`; moves `data_iterator` there.
 
-        Raises ValueError if the checkpoint's model or data differ from `config`'s, or if it was
-        written by another number of processes.
+        Raises ValueError if the checkpoint's model or data differ from `config`'s.
         """
         run = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
         run = run["config"]
@@ -100,21 +102,16 @@ class Checkpointer:
         for part in ("model", "data"):
             was, now = (to_dict(getattr(either, part)) for either in (saved, config))
             _check_same(self.directory, part, was, now)
-        if run["process_count"] != jax.process_count():
-            raise ValueError(
-                f"{self.directory} was written by {run['process_count']} process(es), and the "
-                f"place in the data is kept per process; this run has {jax.process_count()}: "
-                "start as many, or begin a new --workdir"
-            )
         item = _optimizer_item(abstract_state)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(abstract_state.params),
                 optimizer=ocp.args.StandardRestore(item),
-                data=grain.checkpoint.CheckpointRestore(data_iterator),
+                data=ocp.args.JsonRestore(),
             ),
         )
+        data_iterator.set_state(restored["data"])
         optimizer = restored["optimizer"]
         return TrainState(
             step=optimizer["step"],

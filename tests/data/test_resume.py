@@ -137,6 +137,27 @@ def test_the_number_of_processes_may_change_on_the_way(config):
             np.testing.assert_array_equal(part[key], batch[key][2:])
 
 
+def test_two_hosts_then_one_then_four_give_the_batches_of_one(config):
+    expected = take(iter(make_dataset(config)), 24)
+    state, given = None, []
+    for count in (2, 1, 4):
+        hosts = [
+            iter(make_dataset(config, process_index=i, process_count=count)) for i in range(count)
+        ]
+        if state is not None:
+            for host in hosts:
+                host.set_state(state)
+        parts = [take(host, 8) for host in hosts]
+        given += [
+            {key: np.concatenate([batch[key] for batch in batches]) for key in KEYS}
+            for batches in zip(*parts, strict=True)
+        ]
+        states = [through_json(host.get_state()) for host in hosts]
+        assert all(other == states[0] for other in states)  # so one is kept for all
+        state = states[0]
+    assert_same(given, expected)
+
+
 def test_state_goes_through_a_checkpoint_on_disk(config, tmp_path):
     iterator = iter(make_dataset(config))
     take(iterator, 7)
