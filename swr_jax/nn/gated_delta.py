@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from swr_jax.nn.common import linear, restart, sharding_metadata
 from swr_jax.nn.feedforward import rms_norm
+from swr_jax.ops.convolution import short_convolution
 from swr_jax.ops.gated_delta import GatedDeltaState, gated_delta_rule, gated_delta_rule_step
 
 _NORM_EPSILON = 1e-6  # of the unit norm of queries and keys
@@ -51,34 +52,16 @@ class ShortConvolution(nnx.Module):
         self.kernel = nnx.Param(kernel, **sharding_metadata(None, "heads"))
 
     def __call__(
-        self, x: jax.Array, before: jax.Array, document: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """Convolve a piece of a stream.
+        self, x: jax.Array, before: jax.Array | None, segment_ids: jax.Array | None
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Convolve x [B, T, C], from the start of a stream or, with `before`, a piece of one.
 
-        Args:
-            x: [B, T, C].
-            before: [B, W - 1, C], the inputs before it, of the first token's document; others 0.
-            document: [B, T] int32, 0 at the first token and one more wherever a document begins;
-                None: all one document.
-
-        Returns:
-            [B, T, C], and what `before` is for the next token if that continues the last document.
+        Arguments and results, but for the SiLU, as in `short_convolution`.
         """
-        kernel = self.kernel[...].astype(jnp.float32)
-        size, time = kernel.shape[0], x.shape[1]
-        inputs = jnp.concatenate([before.astype(x.dtype), x], axis=1)
-        after = inputs[:, time:]
-        if document is not None:
-            document = jnp.pad(document, ((0, 0), (size - 1, 0)))
-            after = jnp.where((document[:, time:] == document[:, -1:])[..., None], after, 0)
-        y = x.astype(jnp.float32) * kernel[-1]
-        for back in range(1, size):
-            part = slice(size - 1 - back, size - 1 - back + time)
-            past = inputs[:, part].astype(jnp.float32)
-            if document is not None:
-                same = document[:, part] == document[:, size - 1 :]
-                past = jnp.where(same[..., None], past, 0)
-            y = y + past * kernel[-1 - back]
+        options = {"before": before, "segment_ids": segment_ids}
+        if before is None:
+            return nnx.silu(short_convolution(x, self.kernel[...], **options)).astype(x.dtype)
+        y, after = short_convolution(x, self.kernel[...], **options, return_state=True)
         return nnx.silu(y).astype(x.dtype), after
 
 
@@ -232,21 +215,19 @@ class GatedDeltaNet(nnx.Module):
             [B, T, M]; with a state, a pair of it and the new state.
         """
         batch, time, _ = x.shape
-        before, document = self.init_state(batch), None
-        last_segment = before.last_segment
-        if state is not None:
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if state is None:
+            q = self.query_conv(q, None, segment_ids)
+            k = self.key_conv(k, None, segment_ids)
+            v = self.value_conv(v, None, segment_ids)
+        else:
             last_segment = state.last_segment
             if segment_ids is not None:
-                state = restart(state, before, segment_ids[:, 0] != last_segment)
-            before = state
-        if segment_ids is not None:
-            last_segment = segment_ids[:, -1].astype(jnp.int32)
-            begins = segment_ids[:, 1:] != segment_ids[:, :-1]
-            document = jnp.pad(jnp.cumsum(begins, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-
-        q, query = self.query_conv(self.query(x), before.query, document)
-        k, key = self.key_conv(self.key(x), before.key, document)
-        v, value = self.value_conv(self.value(x), before.value, document)
+                state = restart(state, self.init_state(batch), segment_ids[:, 0] != last_segment)
+                last_segment = segment_ids[:, -1].astype(jnp.int32)
+            q, query = self.query_conv(q, state.query, segment_ids)
+            k, key = self.key_conv(k, state.key, segment_ids)
+            v, value = self.value_conv(v, state.value, segment_ids)
 
         def heads(y: jax.Array) -> jax.Array:
             return y.reshape(batch, time, self.num_heads, -1)
