@@ -16,6 +16,7 @@ from tqdm import tqdm
 from swr_jax.benchmark.report import environment
 from swr_jax.data import DataConfig, load_tokenizer, open_corpus
 from swr_jax.eval import plots, records, report
+from swr_jax.eval.errors import TaskError
 from swr_jax.eval.streaming import Streamer, bounded_attention
 from swr_jax.eval.suite import TASKS, Settings, Suite
 from swr_jax.train.checkpoint import load_model
@@ -127,7 +128,7 @@ def main(argv: list[str]) -> None:
                 before = bar.n
                 try:
                     result = case.run(bar.update)
-                except ValueError as error:  # no such task here, for want of text, say
+                except TaskError as error:
                     left_out.append(f"left out: {case.name}: {error}")
                 else:
                     record["cases"][case.name] = {"settings": case.settings, **result}

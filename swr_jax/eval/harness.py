@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from swr_jax.data import Tokenizer
+from swr_jax.eval.errors import TaskError
 from swr_jax.eval.streaming import Streamer
 from swr_jax.eval.suite import Case
 
@@ -71,14 +72,14 @@ class HarnessModel(LM):
         """Greedy continuation of each context up to the first of its stop strings.
 
         Raises:
-            ValueError: a task asks for samples at a temperature.
+            TaskError: a task asks for samples at a temperature.
         """
         answers = [""] * len(requests)
         groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for number, request in enumerate(requests):
             options = request.args[1]
             if options.get("do_sample") and options.get("temperature", 1.0) > 0:
-                raise ValueError(
+                raise TaskError(
                     f"the task's generation_kwargs={options} ask for samples; answers here are "
                     "greedy: set do_sample: false"
                 )

@@ -11,6 +11,7 @@ import numpy as np
 
 from swr_jax.data import open_source
 from swr_jax.data.tokenizers import text_to_bytes
+from swr_jax.eval.errors import TaskError
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 # A sentence: begins with a capital, ends as sentences do, and holds words and their punctuation.
@@ -126,11 +127,12 @@ def draw_distinct(
     """Draw `count` different ones, none of them in `besides`.
 
     Raises:
-        ValueError: there are not so many, or another kind.
+        TaskError: there are not so many.
+        ValueError: another kind.
     """
     most = {"words": len(ADJECTIVES) * len(NOUNS), "numbers": 9 * 10**6}.get(kind)
     if most is not None and 2 * (count + len(besides)) > most:
-        raise ValueError(
+        raise TaskError(
             f"count={count}; there are {most:,} {kind} and at most half of them are drawn: choose "
             "uuids, or a shorter context"
         )

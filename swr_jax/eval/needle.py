@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from swr_jax.data import Tokenizer
+from swr_jax.eval.errors import TaskError
 from swr_jax.eval.haystack import draw, draw_distinct
 
 NEEDLE = "One of the special magic {type} for {key} is: {value}."
@@ -189,7 +190,7 @@ def fit(
         smallest: least size that `make` takes.
 
     Raises:
-        ValueError: not even the smallest haystack fits; the message says how long that is.
+        TaskError: not even the smallest haystack fits; the message says how long that is.
     """
 
     def size_of(sample: Sample) -> int:
@@ -197,7 +198,7 @@ def fit(
 
     best, low, high = make(smallest), smallest, 2 * smallest + 1
     if size_of(best) > tokens:
-        raise ValueError(
+        raise TaskError(
             f"the shortest prompt has {size_of(best)} tokens, and tokens={tokens} are left for it: "
             "choose a longer context"
         )

@@ -15,6 +15,7 @@ import math
 import numpy as np
 
 from swr_jax.data import Corpus
+from swr_jax.eval.errors import TaskError
 from swr_jax.eval.intervals import bootstrap_ratio
 from swr_jax.eval.streaming import Progress, Streamer, ignore
 
@@ -40,10 +41,10 @@ def cut_streams(stream: np.ndarray, *, length: int, count: int) -> np.ndarray:
     Neighbouring rows may share one token, the target of the first and the beginning of the next.
 
     Raises:
-        ValueError: the stream is too short for one row.
+        TaskError: the stream is too short for one row.
     """
     if len(stream) < length + 1:
-        raise ValueError(
+        raise TaskError(
             f"the text has {len(stream):,} tokens; a context of length={length:,} needs one more "
             "than its length: name more text"
         )

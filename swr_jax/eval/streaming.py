@@ -110,10 +110,7 @@ class Streamer:
 
     def _score_batch(self, rows: list[Sequence[int]], width: int, progress) -> list[Scores]:
         lengths = [len(row) - 1 for row in rows]
-        longest = max(lengths)
-        sizes = [self.chunk_size] * (longest // self.chunk_size)
-        if rest := longest % self.chunk_size:
-            sizes.append(max(_SHORTEST, 1 << (rest - 1).bit_length()))
+        sizes = self._sizes(max(lengths))
         padded = np.zeros((width, sum(sizes) + 1), np.int32)
         for tokens, row in zip(padded, rows, strict=False):
             tokens[: len(row)] = row
@@ -193,11 +190,16 @@ class Streamer:
                 break
         return [answer[:max_tokens] for answer in answers]
 
-    def _room(self, length: int) -> int:
-        return max(_SHORTEST_CACHE, 1 << (length - 1).bit_length())
+    def _sizes(self, length: int) -> list[int]:
+        """Chunks that cover `length` tokens: whole ones, and a power of two for the rest."""
+        sizes = [self.chunk_size] * (length // self.chunk_size)
+        if rest := length % self.chunk_size:
+            sizes.append(max(_SHORTEST, 1 << (rest - 1).bit_length()))
+        return sizes
 
     def _init_state(self, width: int, length: int) -> Any:
-        return self.model.init_state(width, max_length=self._room(length))
+        room = max(_SHORTEST_CACHE, 1 << (length - 1).bit_length())
+        return self.model.init_state(width, max_length=room)
 
     def _score_program(self, width: int, size: int, length: int) -> jax.stages.Compiled:
         """Compile `_score_step` for chunks of `size` tokens, unless that has been done."""
@@ -218,7 +220,7 @@ class Streamer:
             `state`, what is carried from chunk to chunk, and `temporary`, the most that the
             compiled step holds at a time besides its arguments and results.
         """
-        program = self._score_program(width, self.chunk_size, length)
+        program = self._score_program(width, self._sizes(length)[0], length)
         state = jax.eval_shape(lambda: self._init_state(width, length))
         return {
             "state": _bytes(state),

@@ -70,8 +70,7 @@ class Case:
         name: tells it from all others of a record.
         settings: what its result depends on besides model and name; JSON.
         tokens: read or written, roughly; what a progress bar counts.
-        run: returns the result, JSON. It raises ValueError where the task cannot be set, such as
-            for want of text.
+        run: returns the result, JSON; raises TaskError where the task cannot be set.
     """
 
     name: str

@@ -96,6 +96,11 @@ def test_memory_does_not_depend_on_length(pattern):
     assert short["temporary"] > 0
 
 
+def test_memory_of_streams_shorter_than_a_chunk(hybrid):
+    streamer = Streamer(hybrid, chunk_size=512, batch_size=2)
+    assert streamer.memory(2, 16)["temporary"] < streamer.memory(2, 512)["temporary"]
+
+
 def test_the_cache_of_full_attention_grows_unless_it_is_bounded(hybrid):
     short, long = (Streamer(hybrid, chunk_size=64).memory(2, n) for n in (1024, 131_072))
     assert long["state"] > 60 * short["state"]
