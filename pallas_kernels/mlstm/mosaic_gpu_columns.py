@@ -24,6 +24,7 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     Problem,
     Stream,
     Weights,
+    afresh,
     free_barriers,
     full_barriers,
     launch,
@@ -34,6 +35,7 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     opaque,
     over_columns,
     over_rows,
+    plus,
     product,
     products,
     rounds,
@@ -110,7 +112,7 @@ def gradient(p: Problem, q, k, v, gates, told, dh, dmemories, dnormalizers) -> t
 
         def load() -> None:
             def load_steps(item: Array, phase: int, v: bool, dh: bool, part: slice | None) -> None:
-                @pl.loop(0, p.v_tiles)
+                @pl.loop(0, opaque(jnp.int32(p.v_tiles)))
                 def _(tile):
                     slot = stream.acquire(item * per_item + phase * p.v_tiles + tile)
                     if v:
@@ -135,7 +137,7 @@ def gradient(p: Problem, q, k, v, gates, told, dh, dmemories, dnormalizers) -> t
                 load_own(
                     lambda group: place.own_tokens(k_gmem, item, group), k_smem, barrier, p.groups
                 )
-                plgpu.copy_gmem_to_smem(place.tokens(q_gmem, item), q_smem, barrier)
+                plgpu.copy_gmem_to_smem(place.tokens(q_gmem, item), q_smem.at[0], barrier)
                 by_chunk = ((gates_gmem, gates_smem), (told_gmem, told_smem), (dn_gmem, dn_smem))
                 for source, target in by_chunk:
                     plgpu.copy_gmem_to_smem(source.at[place.index(item)], target, barrier)
@@ -151,7 +153,7 @@ def gradient(p: Problem, q, k, v, gates, told, dh, dmemories, dnormalizers) -> t
             @pl.loop(0, place.count)
             def _(item):
                 own = opaque(group)
-                own_k, staging = k_smem.at[own], tiles.at[own]
+                staging = tiles.at[own]
 
                 def step_of(phase: int, tile: Array) -> tuple[Array, Array]:
                     step = item * per_item + phase * p.v_tiles + tile
@@ -159,14 +161,14 @@ def gradient(p: Problem, q, k, v, gates, told, dh, dmemories, dnormalizers) -> t
 
                 plgpu.barrier_wait(head_full.at[0])
                 weights = Weights(gates_smem, own, own_columns=True)
-                scores = tiles_of(product(own_k, transposed(q_smem)))
+                scores = tiles_of(product(afresh(k_smem, group), transposed(afresh(q_smem))))
                 s = [weights.matrix(i) * x for i, x in enumerate(scores)]
 
                 def score_gradient(tile: Array):
                     step, slot = step_of(0, tile)
                     plgpu.barrier_wait(v_full.at[slot])
                     plgpu.barrier_wait(dh_full.at[slot])
-                    factors = [(v_smem.at[slot, own], transposed(dh_smem.at[slot]))]
+                    factors = [(afresh(v_smem.at[slot], group), transposed(dh_smem.at[slot]))]
                     return factors, lambda: stream.release(step)
 
                 (ds,) = summed_products(p.v_tiles, score_gradient, [p.chunk])
@@ -174,17 +176,15 @@ def gradient(p: Problem, q, k, v, gates, told, dh, dmemories, dnormalizers) -> t
                 def row(name: int, tile: int) -> Array:
                     return over_columns(load_columns(told_smem.at[name, tile_of(tile)]), s[tile])
 
-                ds = [x * row(INVERSE, i) for i, x in enumerate(tiles_of(ds))]
-                x = [s[i] * (x + row(D_DENOMINATOR, i)) for i, x in enumerate(ds)]
-                found = {
-                    COLUMN: row_sums(where(weights.seen(i), x) for i, x in enumerate(x)),
-                    OWN: row_sums(where(weights.diagonal(i), x) for i, x in enumerate(x)),
-                }
-                read = [(x * row(INVERSE, i)).astype(p.dtype) for i, x in enumerate(s)]
-                ds = [
-                    (weights.matrix(i) * (x + row(D_DENOMINATOR, i))).astype(p.dtype)
-                    for i, x in enumerate(ds)
-                ]
+                after = own_sum = None
+                read, p_16 = [], []
+                for i, x in enumerate(tiles_of(ds)):
+                    x = x * row(INVERSE, i) + row(D_DENOMINATOR, i)
+                    both = s[i] * x
+                    after = plus(after, row_sums([where(weights.seen(i), both)]))
+                    own_sum = plus(own_sum, row_sums([where(weights.diagonal(i), both)]))
+                    read.append((s[i] * row(INVERSE, i)).astype(p.dtype))
+                    p_16.append((weights.matrix(i) * x).astype(p.dtype))
                 kept = weights.own_row(rows_of.KEPT)
 
                 def send(x: Array, target: Ref) -> None:
@@ -193,13 +193,13 @@ def gradient(p: Problem, q, k, v, gates, told, dh, dmemories, dnormalizers) -> t
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(staging, target)
 
-                @pl.loop(0, p.v_tiles)
+                @pl.loop(0, opaque(jnp.int32(p.v_tiles)))
                 def _(tile):
                     step, slot = step_of(1, tile)
                     plgpu.barrier_wait(dh_full.at[slot])
                     plgpu.barrier_wait(dc_full.at[slot])
                     factors = [(x, dh_smem.at[slot, tile_of(i)]) for i, x in enumerate(read)]
-                    dv, left = products(factors, [(own_k, dc_smem.at[slot])])
+                    dv, left = products(factors, [(afresh(k_smem, group), dc_smem.at[slot])])
                     stream.release(step)
                     dv += left * over_rows(kept, left)
                     send(dv, place.own_tokens(dv_gmem, item, own, tile))
@@ -213,7 +213,7 @@ def gradient(p: Problem, q, k, v, gates, told, dh, dmemories, dnormalizers) -> t
                         plgpu.barrier_wait(v_full.at[slot])
                         plgpu.barrier_wait(dc_full.at[slot])
                         dc = dc_smem.at[slot, pl.ds(0, width)]
-                        factors = [(v_smem.at[slot, own], transposed(dc))]
+                        factors = [(afresh(v_smem.at[slot], group), transposed(dc))]
                         return factors, lambda: stream.release(step)
 
                     (w,) = summed_products(p.v_tiles, written, [width])
@@ -221,16 +221,15 @@ def gradient(p: Problem, q, k, v, gates, told, dh, dmemories, dnormalizers) -> t
                         tile = part.start // TILE + i
                         x += over_columns(load_columns(dn_smem.at[tile_of(tile)]), x)
                         x *= over_rows(kept, x)
-                        term = jnp.sum(x * load_matrix(own_k.at[:, tile_of(tile)]), axis=1)
-                        dkept = term if dkept is None else dkept + term
+                        term = jnp.sum(x * load_matrix(afresh(k_smem, group).at[:, tile_of(tile)]), axis=1)
+                        dkept = plus(dkept, term)
                         factors = [
-                            (y, q_smem.at[tile_of(j), tile_of(tile)]) for j, y in enumerate(ds)
+                            (y, afresh(q_smem).at[tile_of(j), tile_of(tile)]) for j, y in enumerate(p_16)
                         ]
                         (dk,) = products(factors)
                         send(dk + x, place.own_tokens(dk_gmem, item, own, tile))
 
-                found[KEPT] = dkept
-                for name, x in found.items():
+                for name, x in {COLUMN: after, OWN: own_sum, KEPT: dkept}.items():
                     store_directly(d_gates_gmem.at[place.index(item), name, weights.own], x)
                 plgpu.barrier_arrive(head_free.at[0])
 
@@ -245,7 +244,7 @@ def gradient(p: Problem, q, k, v, gates, told, dh, dmemories, dnormalizers) -> t
     ]
     scratch = [
         matrices(p.groups, TILE, p.q_dim, dtype=p.dtype),
-        matrices(p.chunk, p.q_dim, dtype=p.dtype),
+        matrices(1, p.chunk, p.q_dim, dtype=p.dtype),
         matrices(slots, p.groups, TILE, TILE, dtype=p.dtype),
         matrices(slots, p.chunk, TILE, dtype=p.dtype),
         matrices(slots, p.q_dim, TILE, dtype=p.dtype),

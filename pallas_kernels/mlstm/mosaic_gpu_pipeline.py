@@ -31,7 +31,7 @@ WIDEST_PRODUCT = 256  # columns of one tensor core instruction
 _LOG2_E = math.log2(math.e)
 
 # Registers of a thread where two warpgroups compute; one alone has all that a thread can have.
-_COMPUTE_REGISTERS, _LOAD_REGISTERS = 232, 48
+_COMPUTE_REGISTERS, _LOAD_REGISTERS = 240, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +193,7 @@ def summed_products(
     """
 
     def run(*sums: Ref) -> tuple[Array, ...]:
-        @pl.loop(0, steps)
+        @pl.loop(0, opaque(jnp.int32(steps)))
         def _(index):
             factors, done = step(index)
             for total, (a, b) in zip(sums, factors, strict=True):
@@ -312,6 +312,11 @@ def row_sums(matrices: Iterable[Array]) -> Array:
     return jnp.sum(functools.reduce(operator.add, matrices), axis=1)
 
 
+def plus(total: Array | None, x: Array) -> Array:
+    """A sum that begins with None."""
+    return x if total is None else total + x
+
+
 def where(mask: Array, x: Array) -> Array:
     """x, or 0."""
     return jnp.where(mask, x, jnp.zeros_like(x))
@@ -332,20 +337,25 @@ class Weights:
         """A row of the gates for the warpgroup's own tokens."""
         return load_rows(self.gates.at[name, self.own])
 
-    def _later(self, tile: int) -> Array:
-        """By how much the tokens of a tile are later than the own ones."""
+    def _places(self, tile: int) -> tuple[Array, Array]:
+        """The warpgroup's own tokens, and those of a tile, within the chunk, over a matrix."""
+        like = jnp.zeros((TILE, TILE), jnp.int32)
         own, token = (
-            plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), axis, layout=MATRIX) for axis in (0, 1)
+            opaque(plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=layout))
+            for layout in (ROW, COLUMN)
         )
-        return token - own + (tile - self.group) * TILE
+        own = over_rows(own + self.group * TILE, like)
+        return own, over_columns(token + tile * TILE, like)
 
     def seen(self, tile: int) -> Array:
         """Where j < i."""
-        return self._later(tile) > 0 if self.own_columns else self._later(tile) < 0
+        own, token = self._places(tile)
+        return token > own if self.own_columns else token < own
 
     def diagonal(self, tile: int) -> Array:
         """Where i = j."""
-        return self._later(tile) == 0
+        own, token = self._places(tile)
+        return token == own
 
     def _difference(self, row: int, column: int, tile: int, like: Array) -> Array:
         """rows[row]_i - rows[column]_j."""
@@ -356,11 +366,11 @@ class Weights:
 
     def matrix(self, tile: int) -> Array:
         """A, exactly 0 where nothing is read."""
-        later = self._later(tile)
-        exponent = self._difference(rows_of.ROW_HIGH, rows_of.COLUMN_HIGH, tile, later)
-        exponent += self._difference(rows_of.ROW_LOW, rows_of.COLUMN_LOW, tile, later)
-        reads = later >= 0 if self.own_columns else later <= 0
-        reads &= self._difference(rows_of.DOCUMENT, rows_of.DOCUMENT, tile, later) == 0
+        own, token = self._places(tile)
+        exponent = self._difference(rows_of.ROW_HIGH, rows_of.COLUMN_HIGH, tile, own)
+        exponent += self._difference(rows_of.ROW_LOW, rows_of.COLUMN_LOW, tile, own)
+        reads = token >= own if self.own_columns else token <= own
+        reads &= self._difference(rows_of.DOCUMENT, rows_of.DOCUMENT, tile, own) == 0
         # Selected behind the exponential, which may have overflowed where nothing is read.
         a = jnp.exp2(exponent * _LOG2_E)
         return jnp.where(reads, a, jnp.zeros_like(a))
@@ -415,6 +425,11 @@ def opaque(x: Array) -> Array:
     It would keep addresses in registers that nothing is left of, from one chunk to the next.
     """
     return lax.optimization_barrier(x)
+
+
+def afresh(ref: Ref, index: Array | int = 0) -> Ref:
+    """A part of shared memory, whose address is not kept in registers."""
+    return ref.at[opaque(jnp.int32(index))]
 
 
 def store_directly(ref: Ref, x: Array) -> None:

@@ -29,6 +29,7 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     Staging,
     Stream,
     Weights,
+    afresh,
     free_barriers,
     full_barriers,
     inner_with_columns,
@@ -40,6 +41,7 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     opaque,
     over_columns,
     over_rows,
+    plus,
     product,
     products,
     rounds,
@@ -85,7 +87,7 @@ def _head_scratch(p: Problem) -> list:
     """Shared memory for a chunk's q by warpgroup, k, gates and n, and their barriers."""
     return [
         matrices(p.groups, TILE, p.q_dim, dtype=p.dtype),
-        matrices(p.chunk, p.q_dim, dtype=p.dtype),
+        matrices(1, p.chunk, p.q_dim, dtype=p.dtype),
         vectors(8, p.chunk),
         vectors(p.q_dim),
         full_barriers(1, p.groups + 3),
@@ -99,7 +101,7 @@ def _load_head(p: Problem, place: Place, item: Array, sources: list[Ref], head: 
     Stream(1, free).acquire(item)
     barrier = full.at[0]
     load_own(lambda group: place.own_tokens(q, item, group), q_smem, barrier, p.groups)
-    plgpu.copy_gmem_to_smem(place.tokens(k, item), k_smem, barrier)
+    plgpu.copy_gmem_to_smem(place.tokens(k, item), k_smem.at[0], barrier)
     plgpu.copy_gmem_to_smem(gates.at[place.index(item)], gates_smem, barrier)
     plgpu.copy_gmem_to_smem(normalizers.at[place.index(item)], n_smem, barrier)
 
@@ -129,7 +131,7 @@ def outputs(p: Problem, q, k, v, gates, memories, normalizers) -> Array:
                 sources = [q_gmem, k_gmem, gates_gmem, normalizers_gmem]
                 _load_head(p, place, item, sources, head)
 
-                @pl.loop(0, p.v_tiles)
+                @pl.loop(0, opaque(jnp.int32(p.v_tiles)))
                 def _(tile):
                     slot = stream.acquire(item * p.v_tiles + tile)
                     source = place.memory(memories_gmem, item, whole, tile)
@@ -144,26 +146,26 @@ def outputs(p: Problem, q, k, v, gates, memories, normalizers) -> Array:
             @pl.loop(0, place.count)
             def _(item):
                 own = opaque(group)
-                own_q, staging = q_smem.at[own], Staging(tiles.at[own])
+                staging = Staging(tiles.at[own])
                 plgpu.barrier_wait(head_full.at[0])
                 weights = Weights(gates_smem, own, own_columns=False)
-                s = tiles_of(product(own_q, transposed(k_smem)))
+                s = tiles_of(product(afresh(q_smem, group), transposed(afresh(k_smem))))
                 s = [weights.matrix(tile) * x for tile, x in enumerate(s)]
                 recall, floor = (weights.own_row(x) for x in (rows_of.RECALL, rows_of.FLOOR))
                 divisor = floor
                 if p.normalized:
-                    d = row_sums(s) + recall * inner_with_columns(own_q, n_smem)
+                    d = row_sums(s) + recall * inner_with_columns(afresh(q_smem, group), n_smem)
                     divisor = jnp.maximum(jnp.abs(d), floor)
                 inverse = 1 / divisor
                 s = [x.astype(p.dtype) for x in s]
 
-                @pl.loop(0, p.v_tiles)
+                @pl.loop(0, opaque(jnp.int32(p.v_tiles)))
                 def _(tile):
                     step = item * p.v_tiles + tile
                     slot = stream.slot(step)
                     plgpu.barrier_wait(full.at[slot])
                     own_part = [(x, v_smem.at[slot, tile_of(i)]) for i, x in enumerate(s)]
-                    h, recalled = products(own_part, [(own_q, c_smem.at[slot])])
+                    h, recalled = products(own_part, [(afresh(q_smem, group), c_smem.at[slot])])
                     stream.release(step)
                     h = (h + recalled * over_rows(recall, h)) * over_rows(inverse, h)
                     staging.store(h, place.own_tokens(h_gmem, item, own, tile), step)
@@ -224,7 +226,7 @@ def gradient(p: Problem, q, k, v, gates, memories, normalizers, dh) -> tuple[Arr
                 _load_head(p, place, item, sources, head)
 
                 def load_steps(phase: int, with_v: bool, part: slice | None) -> None:
-                    @pl.loop(0, p.v_tiles)
+                    @pl.loop(0, opaque(jnp.int32(p.v_tiles)))
                     def _(tile):
                         slot = stream.acquire(item * per_item + phase * p.v_tiles + tile)
                         load_own(
@@ -275,16 +277,17 @@ def gradient(p: Problem, q, k, v, gates, memories, normalizers, dh) -> tuple[Arr
             def _(item):
                 plgpu.barrier_wait(head_full.at[0])
                 own = opaque(group)
-                own_q = q_smem.at[own]
                 weights = Weights(gates_smem, own, own_columns=False)
-                s = tiles_of(product(own_q, transposed(k_smem)))
+                s = tiles_of(product(afresh(q_smem, group), transposed(afresh(k_smem))))
                 s = [weights.matrix(tile) * x for tile, x in enumerate(s)]
                 recall, floor = (weights.own_row(x) for x in (rows_of.RECALL, rows_of.FLOOR))
                 divisor = floor
                 if p.normalized:
-                    s_before = row_sums(where(weights.seen(i), x) for i, x in enumerate(s))
-                    s_own = row_sums(where(weights.diagonal(i), x) for i, x in enumerate(s))
-                    recalled_sum = recall * inner_with_columns(own_q, n_smem)
+                    s_before = s_own = None
+                    for i, x in enumerate(s):
+                        s_before = plus(s_before, row_sums([where(weights.seen(i), x)]))
+                        s_own = plus(s_own, row_sums([where(weights.diagonal(i), x)]))
+                    recalled_sum = recall * inner_with_columns(afresh(q_smem, group), n_smem)
                     d = s_before + s_own + recalled_sum
                     divisor = jnp.maximum(jnp.abs(d), floor)
                 inverse = 1 / divisor
@@ -292,17 +295,18 @@ def gradient(p: Problem, q, k, v, gates, memories, normalizers, dh) -> tuple[Arr
 
                 ds, *found = steps(item, own, 0, True, parts[0] if narrow else None)
                 ds = [x * over_rows(inverse, x) for x in tiles_of(ds)]
-                x = [x * y for x, y in zip(s, ds, strict=True)]
-                x_before = row_sums(where(weights.seen(i), x) for i, x in enumerate(x))
-                x_own = row_sums(where(weights.diagonal(i), x) for i, x in enumerate(x))
+                x_before = x_own = None
+                for i, x in enumerate(ds):
+                    x_before = plus(x_before, row_sums([where(weights.seen(i), s[i] * x)]))
+                    x_own = plus(x_own, row_sums([where(weights.diagonal(i), s[i] * x)]))
 
                 drecalled = None
                 for phase, part in enumerate([parts[0]] if narrow else reads[: len(parts)], 1):
                     if not narrow:
                         found = steps(item, own, phase, False, part)
-                    own_part = own_q.at[:, pl.ds(part.start, part.stop - part.start)]
+                    own_part = afresh(q_smem, group).at[:, pl.ds(part.start, part.stop - part.start)]
                     term = read * inner_with_rows(own_part, found[0])
-                    drecalled = term if drecalled is None else drecalled + term
+                    drecalled = plus(drecalled, term)
 
                 d_row = x_before + drecalled
                 dd = jnp.zeros_like(d_row)
@@ -323,12 +327,13 @@ def gradient(p: Problem, q, k, v, gates, memories, normalizers, dh) -> tuple[Arr
                     (weights.matrix(tile) * (x + over_rows(dd, x))).astype(p.dtype)
                     for tile, x in enumerate(ds)
                 ]
+                own_q = afresh(q_smem, group)
                 for i, part in enumerate(parts):
                     if len(parts) > 1:
                         found = steps(item, own, 1 + len(parts) + i, False, part)
                     for tile in range(part.start // TILE, part.stop // TILE):
                         factors = [
-                            (x, k_smem.at[tile_of(i), tile_of(tile)]) for i, x in enumerate(ds)
+                            (x, afresh(k_smem).at[tile_of(i), tile_of(tile)]) for i, x in enumerate(ds)
                         ]
                         (dq,) = products(factors)
                         first = tile * TILE - part.start
