@@ -97,7 +97,6 @@ def prepare() -> tuple[dict, list]:
     record = records.open_record(
         results_path(),
         model=records.describe(model, step=step, trained_length=config.data.sequence_length),
-        environment=environment(sys.argv[1:]),
         fresh=FRESH.value,
     )
     return record, cases
@@ -115,11 +114,12 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected argument {argv[1]!r}: options begin with --")
     try:
         record, cases = prepare()
+        beside = None if BESIDE.value is None else records.read_record(Path(BESIDE.value))
     except (FileNotFoundError, ImportError, ValueError, records.RecordError) as error:
         sys.exit(f"error: {error}")
     path = results_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    left_out = []
+    left_out, here = [], environment(sys.argv[1:])
     left = [case for case in cases if not records.is_done(record, case.name, case.settings)]
     try:
         with tqdm(total=sum(case.tokens for case in left), unit="tok", unit_scale=True) as bar:
@@ -131,7 +131,8 @@ def main(argv: list[str]) -> None:
                 except TaskError as error:
                     left_out.append(f"left out: {case.name}: {error}")
                 else:
-                    record["cases"][case.name] = {"settings": case.settings, **result}
+                    result = {"settings": case.settings, **result}
+                    records.add_case(record, case.name, result, environment=here)
                     records.write_record(record, path)
                 bar.update(before + case.tokens - bar.n)
     except KeyboardInterrupt:
@@ -140,9 +141,6 @@ def main(argv: list[str]) -> None:
     if not record["cases"]:
         sys.exit("\n".join(["error: nothing could be tested", *left_out]))
     print(report.table(record), *left_out, sep="\n")
-    beside = None
-    if BESIDE.value is not None:
-        beside = records.read_record(Path(BESIDE.value))
     pictures = plots.draw(record, path.with_suffix(""), beside=beside)
     print(f"\nwrote {', '.join(map(str, [path, *pictures]))}")
 

@@ -33,13 +33,12 @@ def describe(model: LanguageModel, *, step: int, trained_length: int) -> dict:
     }
 
 
-def open_record(path: Path, *, model: Mapping, environment: Mapping, fresh: bool) -> dict:
+def open_record(path: Path, *, model: Mapping, fresh: bool) -> dict:
     """Return the record of an earlier run on the same model, or a new one.
 
     Raises:
         RecordError: the file is of another model.
     """
-    cases = {}
     if path.exists() and not fresh:
         found = read_record(path)
         if found["model"] != model:
@@ -48,8 +47,8 @@ def open_record(path: Path, *, model: Mapping, environment: Mapping, fresh: bool
                 f"one has {model['digest']}): begin anew with --fresh, or choose another --name or "
                 "--out"
             )
-        cases = found["cases"]
-    return {"environment": environment, "model": model, "cases": cases}
+        return found
+    return {"environment": {}, "model": model, "cases": {}}
 
 
 def read_record(path: Path) -> dict:
@@ -60,6 +59,12 @@ def read_record(path: Path) -> dict:
 def is_done(record: Mapping, name: str, settings: Mapping) -> bool:
     """Whether a case has a result for the same settings."""
     return record["cases"].get(name, {}).get("settings") == settings
+
+
+def add_case(record: dict, name: str, result: Mapping, *, environment: Mapping) -> None:
+    """Put the result of a case, its settings included, into a record, and where it was done."""
+    record["cases"][name] = result
+    record["environment"] = environment
 
 
 def write_record(record: Mapping, path: Path) -> None:

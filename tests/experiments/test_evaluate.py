@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 
 from swr_jax.data import DataConfig, load_tokenizer, make_dataset, open_corpus
-from swr_jax.eval import plots, report, suite
+from swr_jax.eval import plots, records, report, suite
 from swr_jax.eval.intervals import wilson
 from swr_jax.eval.streaming import ignore
 from swr_jax.nn.language_model import LanguageModelConfig
@@ -207,6 +207,21 @@ def test_tables_pool_what_belongs_together():
     assert f"| needle single_1 | 0.30 ({low:.2f} to {high:.2f}) | 0.10 (" in table
     assert "| passkey | 0.30 (0.11 to 0.60) | - |" in table
     assert "| piqa | acc | 0.5000 (0.4000 to 0.6000) |" in table
+
+
+def test_a_record_says_where_its_last_case_was_done(tmp_path):
+    path, model = tmp_path / "x.json", {"digest": "1"}
+    record = records.open_record(path, model=model, fresh=False)
+    records.add_case(record, "a", {"settings": {"seed": 0}, "x": 1}, environment={"date": "then"})
+    records.write_record(record, path)
+    found = records.open_record(path, model=model, fresh=False)
+    assert found == record
+    assert found["environment"] == {"date": "then"}
+    assert records.is_done(found, "a", {"seed": 0})
+    assert not records.is_done(found, "a", {"seed": 1})
+    assert records.open_record(path, model=model, fresh=True)["cases"] == {}
+    with pytest.raises(records.RecordError, match="digest 1, this one has 2"):
+        records.open_record(path, model={"digest": "2"}, fresh=False)
 
 
 def test_settings_are_checked():
