@@ -4,6 +4,7 @@
 # make test-oldest   what calls JAX most, and the same compilations, with the oldest JAX supported
 # make test-parity   imported weights against transformers, which needs torch
 # make test-harness  our models in lm-evaluation-harness, on tasks of our own, offline
+# make plan      what a training run would take on a pod, from its compiler: ARGS='--config=...'
 # make report    what every kernel would take on Hopper and TPU chips, from their compilers
 # make lint      style
 #
@@ -60,6 +61,10 @@ test-parity:
 test-harness:
 	$(MAKE) test VENV=.venv-harness EXTRAS=test,harness SELECTION="not targets" \
 		TESTS=tests/eval/test_harness.py
+
+plan:
+	@$(MAKE) .venv-targets/.test VENV=.venv-targets EXTRAS=test,targets
+	@.venv-targets/bin/python experiments/plan.py $(ARGS)
 
 report:
 	$(MAKE) .venv-targets/.test VENV=.venv-targets EXTRAS=test,targets

@@ -17,6 +17,7 @@ Sources
 import dataclasses
 
 MIB = 1024 * 1024
+GIB = 1024 * MIB
 GPU_SCHEDULERS = 4  # per SM; each issues at most one warp's instruction in a cycle
 
 
@@ -41,7 +42,10 @@ class Chip:
         shared_bytes: GPU: shared memory of one SM.
         shared_bytes_per_cta: GPU: most that one CTA can have.
         threads, ctas: GPU: most that one SM can hold at a time.
-        l2_bytes, memory_bytes: GPU: L2 cache and device memory.
+        l2_bytes: GPU: L2 cache.
+        memory_bytes: of the device.
+        link_bytes_per_second: what a device can send to others at a time over all its links (TPU:
+            the interconnect of a slice; GPU: NVLink), in one direction; a peak.
         description: GPU: the name that the driver reports.
     """
 
@@ -63,6 +67,7 @@ class Chip:
     ctas: int = 32
     l2_bytes: int = 0
     memory_bytes: int = 0
+    link_bytes_per_second: float = 0.0
     description: str = ""
 
     def target_config(self) -> str:
@@ -99,6 +104,7 @@ _GPUS = (
         compute_capability=(9, 0),
         l2_bytes=50 * MIB,
         memory_bytes=84978434048,
+        link_bytes_per_second=4.5e11,
         description="NVIDIA H100 80GB HBM3",
     ),
     Chip(
@@ -112,6 +118,7 @@ _GPUS = (
         compute_capability=(9, 0),
         l2_bytes=50 * MIB,
         memory_bytes=150_000_000_000,
+        link_bytes_per_second=4.5e11,
         description="NVIDIA H200",
     ),
     Chip(
@@ -125,15 +132,36 @@ _GPUS = (
         compute_capability=(10, 0),
         l2_bytes=126 * MIB,
         memory_bytes=191_000_000_000,
+        link_bytes_per_second=9e11,
         description="NVIDIA B200",
     ),
 )
 _TPUS = (
-    Chip("v4", "tpu", "v4:2x2x1", 1.2e12, 2.75e14, 1.05e9, 2, "megacore", 16 * MIB, 16 * MIB),
-    Chip("v5e", "tpu", "v5e:2x2", 8.19e11, 1.97e14, 1.5e9, 1, "", 128 * MIB, 16 * MIB),
-    Chip("v5p", "tpu", "v5p:2x2x1", 2.765e12, 4.59e14, 1.75e9, 2, "", 64 * MIB, 16 * MIB),
-    Chip("v6e", "tpu", "v6e:2x2", 1.64e12, 9.18e14, 1.75e9, 1, "", 128 * MIB, 32 * MIB),
-    Chip("tpu7x", "tpu", "tpu7x:2x2x1", 3.69e12, 1.1535e15, 2.2e9, 1, "", 64 * MIB, 32 * MIB),
+    Chip(
+        *("v4", "tpu", "v4:2x2x1", 1.2e12, 2.75e14, 1.05e9, 2, "megacore", 16 * MIB, 16 * MIB),
+        memory_bytes=32 * GIB,
+        link_bytes_per_second=3e11,
+    ),
+    Chip(
+        *("v5e", "tpu", "v5e:2x2", 8.19e11, 1.97e14, 1.5e9, 1, "", 128 * MIB, 16 * MIB),
+        memory_bytes=16 * GIB,
+        link_bytes_per_second=2e11,
+    ),
+    Chip(
+        *("v5p", "tpu", "v5p:2x2x1", 2.765e12, 4.59e14, 1.75e9, 2, "", 64 * MIB, 16 * MIB),
+        memory_bytes=95 * GIB,
+        link_bytes_per_second=6e11,
+    ),
+    Chip(
+        *("v6e", "tpu", "v6e:2x2", 1.64e12, 9.18e14, 1.75e9, 1, "", 128 * MIB, 32 * MIB),
+        memory_bytes=32 * GIB,
+        link_bytes_per_second=4.48e11,
+    ),
+    Chip(
+        *("tpu7x", "tpu", "tpu7x:2x2x1", 3.69e12, 1.1535e15, 2.2e9, 1, "", 64 * MIB, 32 * MIB),
+        memory_bytes=96 * GIB,
+        link_bytes_per_second=6e11,
+    ),
 )
 
 CHIPS: dict[str, Chip] = {chip.name: chip for chip in _GPUS + _TPUS}

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.<>-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.<>-]+) = (?P<rest>.*)$")
+_INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.<>-]+) = (?P<rest>.*)$")
 _ESTIMATE = re.compile(r'"estimated_cycles":"?(\d+)')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
 _CALLED = re.compile(
@@ -29,6 +29,7 @@ _COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+_NO_ESTIMATE = 2**63 - 1  # cycles, as the TPU's compiler writes it
 _SCALAR_BYTES = 8  # counters of loops and the like are not listed
 # What moves or computes nothing of its own.
 _FREE = (
@@ -43,7 +44,7 @@ class Collective:
 
     name: str
     kind: str
-    bytes: int  # of its largest array
+    bytes: int  # of all arrays that it returns; where it only begins, of the largest
     calls: int
 
 
@@ -75,6 +76,7 @@ class Program:
         others: instructions on arrays that are neither kernels nor free, with how often each runs.
         collectives: in the order of the text.
         unknown_loops: loops whose trip count the compiler does not know; they count once.
+        unestimated: calls of operations that the compiler has no estimate for; they count nothing.
     """
 
     cycles: int | None
@@ -82,6 +84,7 @@ class Program:
     others: dict[str, int]
     collectives: tuple[Collective, ...]
     unknown_loops: tuple[str, ...]
+    unestimated: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +93,7 @@ class _Instruction:
     type: str
     opcode: str
     text: str
+    is_root: bool = False
 
 
 def parse(text: str, platform: str) -> Program:
@@ -102,7 +106,7 @@ def parse(text: str, platform: str) -> Program:
     if entry is None:
         raise ValueError("text: no ENTRY computation in it; give compiled.as_text()")
     times, unknown = _multiplicities(computations, entry)
-    cycles, estimates = 0, 0
+    cycles, estimates, unestimated = 0, 0, 0
     kernels: list[KernelCall] = []
     others: Counter[str] = Counter()
     collectives: list[Collective] = []
@@ -111,14 +115,18 @@ def parse(text: str, platform: str) -> Program:
             estimate = _ESTIMATE.search(instruction.text)
             if estimate:
                 estimates += 1
-                cycles += int(estimate[1]) * runs
+                known = int(estimate[1]) != _NO_ESTIMATE
+                cycles += int(estimate[1]) * runs if known else 0
+                unestimated += 0 if known else runs
             target = _TARGET.search(instruction.text)
             kind = instruction.opcode.removesuffix("-start")
             if instruction.opcode == "custom-call" and target and target[1] in KERNELS[platform]:
                 kernels.append(_kernel_call(instruction, runs))
             elif kind in _COLLECTIVES:
+                begins = instruction.opcode.endswith("-start")
+                size = max if begins else sum
                 collectives.append(
-                    Collective(instruction.name, kind, _largest(instruction.type), runs)
+                    Collective(instruction.name, kind, size(_sizes(instruction.type)), runs)
                 )
             elif (
                 kind not in _FREE
@@ -132,6 +140,7 @@ def parse(text: str, platform: str) -> Program:
         others=dict(others),
         collectives=tuple(collectives),
         unknown_loops=tuple(unknown),
+        unestimated=unestimated,
     )
 
 
@@ -153,12 +162,18 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str | None]
             current = match["name"]
             computations[current] = []
             entry = current if match["entry"] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":
             current = None
         elif current is not None and (match := _INSTRUCTION.match(line)):
             kind, rest = _split_type(match["rest"])
             opcode = rest.split("(", 1)[0].strip()
-            computations[current].append(_Instruction(match["name"], kind, opcode, rest))
+            computations[current].append(
+                _Instruction(match["name"], kind, opcode, rest, match["root"] is not None)
+            )
+        elif current is not None and computations[current]:
+            # The rest of an instruction whose attributes hold line breaks, as some kernels' do.
+            last = computations[current][-1]
+            computations[current][-1] = dataclasses.replace(last, text=f"{last.text}\n{line}")
     return computations, entry
 
 
@@ -217,7 +232,8 @@ def _counted(
     if len(parts) != 2:
         return None
     condition, body = parts["condition"], parts["body"]
-    test, result = list(condition.values())[-1], list(body.values())[-1]
+    # The last one, as a rule; the compiler may move others behind it.
+    test, result = (next(i for i in part.values() if i.is_root) for part in (condition, body))
     start = outside.get(_operands(loop)[0])
     if test.opcode != "compare" or "direction=LT" not in test.text or start is None:
         return None
@@ -254,10 +270,14 @@ def _constant(instructions: dict[str, _Instruction], name: str) -> int | None:
 
 
 def _largest(kind: str) -> int:
-    """Bytes of the largest array of a type."""
+    return max(_sizes(kind))
+
+
+def _sizes(kind: str) -> list[int]:
+    """Bytes of the arrays of a type; 0 first, for one without."""
     sizes = [0]
     for match in _ARRAY.finditer(kind):
         bits = re.search(r"\d+", match["dtype"])
         shape = [int(size) for size in match["shape"].split(",") if size]
         sizes.append(math.prod(shape) * (8 if bits is None else int(bits[0])) // 8)
-    return max(sizes)
+    return sizes

@@ -123,8 +123,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH_SPEC)
 
 
-def check_batch(mesh: Mesh, *, batch_size: int, sequence_length: int, accumulation: int) -> None:
-    """Raises ValueError when a [batch_size, sequence_length] batch cannot be split on the mesh."""
+def check_split(mesh: Mesh, *, batch_size: int, sequence_length: int, accumulation: int) -> None:
+    """Raises ValueError when a mesh does not divide a [batch_size, sequence_length] batch."""
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size % (shards * accumulation):
         raise ValueError(
@@ -137,6 +137,13 @@ def check_batch(mesh: Mesh, *, batch_size: int, sequence_length: int, accumulati
             f"data.sequence_length={sequence_length} must be a multiple of mesh.sequence="
             f"{mesh.shape['sequence']}"
         )
+
+
+def check_batch(mesh: Mesh, *, batch_size: int, sequence_length: int, accumulation: int) -> None:
+    """Raises ValueError when a batch cannot be split on the mesh, or among the processes."""
+    check_split(
+        mesh, batch_size=batch_size, sequence_length=sequence_length, accumulation=accumulation
+    )
     shape = (batch_size, sequence_length)
     places = batch_sharding(mesh).addressable_devices_indices_map(shape).values()
     rows = {row for index in places for row in range(*index[0].indices(batch_size))}

@@ -128,6 +128,52 @@ def test_a_loop_of_unknown_length_is_named_and_counts_once():
     assert program.cycles == 100 + 3 * (10 + 7)
 
 
+SPLIT = """HloModule split
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %y = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(f)/while/body/attention/pallas_call"}
+  ROOT %out = (s32[], f32[8]{0}) tuple(%next, %z)
+  %z = f32[8]{0} fusion(%y), backend_config={"estimated_cycles":"9223372036854775807"}
+}
+
+%condition (p.1: (s32[], f32[8])) -> pred[] {
+  %p.1 = (s32[], f32[8]{0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %limit = s32[] constant(12)
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (x.1: f32[8]) -> f32[8] {
+  %x.1 = f32[8]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[8]{0}) tuple(%zero, %x.1)
+  %loop = (s32[], f32[8]{0}) while(%start), condition=%condition, body=%body
+  %sums = (f32[8]{0}, f32[4]{0}) all-reduce(%x.1, %x.1), replica_groups={}
+  ROOT %result = f32[8]{0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_line_breaks_in_attributes_roots_that_are_not_last_and_missing_estimates():
+    program = hlo.parse(SPLIT, "tpu")
+
+    assert program.unknown_loops == ()
+    assert program.kernels == (hlo.KernelCall("y", "attention", calls=12),)
+    assert (program.cycles, program.unestimated) == (0, 12)
+
+
+def test_a_collective_of_several_arrays_moves_them_all():
+    (found,) = hlo.parse(SPLIT, "tpu").collectives
+    assert found == hlo.Collective("sums", "all-reduce", bytes=48, calls=1)
+
+
 # Reports and budgets
 
 
