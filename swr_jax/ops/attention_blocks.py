@@ -24,6 +24,9 @@ Start = int | jax.Array
 # Queries attended at once. Larger chunks hold more logits (chunk x keys per head), smaller ones
 # make matrices that no longer fill a core.
 _QUERY_CHUNK = 512
+# Where most keys lie before the queries, chunks are shorter in proportion, so that the part of a
+# sequence needs its part of the memory; but no shorter than this.
+_SHORTEST_CHUNK = 128
 # Query blocks of a window are no shorter than this: tiny matrices cost more than masked entries.
 _SHORTEST_BLOCK = 16
 # Full attention splits the queries into this many bands, each seeing only the keys up to its end,
@@ -40,7 +43,9 @@ def causal(q, k, v, window, segment_ids, attend: Attend, start: Start = 0) -> ja
         segment_ids = None if segment_ids is None else segment_ids[:, keys - reach :]
         start, keys = start + keys - reach, reach
     before = keys - queries
-    bands = _CAUSAL_BANDS if queries >= _CAUSAL_BANDS * _QUERY_CHUNK else 1
+    # Bands save part of a square, which is little of what the queries see of keys before it.
+    bands = _CAUSAL_BANDS if queries >= max(_CAUSAL_BANDS * _QUERY_CHUNK, before) else 1
+    chunk = max(_SHORTEST_CHUNK, min(_QUERY_CHUNK, 2 * queries * _QUERY_CHUNK // keys))
     ends = [queries * (band + 1) // bands for band in range(bands)]
     outputs = []
     for begin, end in zip([0, *ends], ends, strict=False):
@@ -56,6 +61,7 @@ def causal(q, k, v, window, segment_ids, attend: Attend, start: Start = 0) -> ja
                 None if segment_ids is None else segment_ids[:, :seen],
                 window,
                 attend,
+                chunk,
             )
         )
     return outputs[0] if bands == 1 else jnp.concatenate(outputs, axis=1)
@@ -133,17 +139,29 @@ def realigned(q, k, v, start: Start, attend: Callable[..., jax.Array]) -> jax.Ar
 
 
 def query_chunks(
-    q, k, v, query_index, key_index, query_segments, key_segments, window, attend: Attend
+    q,
+    k,
+    v,
+    query_index,
+    key_index,
+    query_segments,
+    key_segments,
+    window,
+    attend: Attend,
+    chunk: int = _QUERY_CHUNK,
 ) -> jax.Array:
     """Attend chunk after chunk of queries, so that only one chunk's logits exist at a time."""
 
-    def attend_chunk(chunk):
-        q, query_index, query_segments = chunk
+    def attend_chunk(part):
+        q, query_index, query_segments = part
         mask = visible(query_index, key_index, query_segments, key_segments, window)
         return attend(q, k, v, mask)
 
     length = q.shape[1]
-    chunks = -(-length // _QUERY_CHUNK)
+    chunks = -(-length // chunk)
+    # Without the checkpoint the backward pass would find every chunk's weights: T x S after all.
+    if chunks > 1 or k.shape[1] > 2 * _QUERY_CHUNK:
+        attend_chunk = jax.checkpoint(attend_chunk)
     if chunks == 1:
         return attend_chunk((q, query_index, query_segments))
     size = -(-length // chunks)
@@ -152,10 +170,7 @@ def query_chunks(
         x = _pad_time(x, 0, chunks * size - length)
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, size, *x.shape[2:]), 1, 0)
 
-    # Without the checkpoint the loop would save every chunk's weights: T x S after all.
-    out = jax.lax.map(
-        jax.checkpoint(attend_chunk), jax.tree.map(split, (q, query_index, query_segments))
-    )
+    out = jax.lax.map(attend_chunk, jax.tree.map(split, (q, query_index, query_segments)))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
 
 

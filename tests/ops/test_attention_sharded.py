@@ -111,6 +111,7 @@ def test_axes_that_do_not_divide_are_left_out():
     assert relative_error(out, dense_attention(q, k, v, 3)) <= FLOAT32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 8e-3), ("float16", 1e-3)])
 def test_half_precision_costs_only_its_own_rounding(dtype, tolerance):
     for window in (None, 7):
@@ -138,3 +139,24 @@ def test_works_under_scan_and_remat():
         got = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*stacked)
     for x, one_device in zip(got, wanted, strict=True):
         assert relative_error(x, one_device) <= FLOAT32
+
+
+@pytest.mark.slow
+def test_a_part_of_the_sequence_needs_a_part_of_the_memory():
+    """Each of eight devices less than half of what one needs alone, others' keys included."""
+    q, kv = (jax.ShapeDtypeStruct((1, 8192, heads, 32), jnp.float32) for heads in (4, 1))
+
+    def gradients(*arrays):
+        out, pull = jax.vjp(functools.partial(sliding_window_attention, window=None), *arrays)
+        return pull(out)
+
+    def temporary_bytes(**options):
+        compiled = jax.jit(gradients, **options).lower(q, kv, kv).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    alone = temporary_bytes()
+    mesh = mesh_of(1, 1, 1, 8)
+    with jax.set_mesh(mesh):
+        place = jax.NamedSharding(mesh, jax.P(None, "sequence"))
+        split = temporary_bytes(in_shardings=place, out_shardings=place)
+    assert split <= alone / 2

@@ -32,12 +32,12 @@ MESHES = [
 
 
 def config_of(pattern: tuple[str, ...]) -> TrainConfig:
-    """Two periods of width 32, eight heads; a window reaches over two cuts into eight parts."""
+    """Three periods of width 32, eight heads; a window reaches over two cuts into eight parts."""
     return TrainConfig(
         model=LanguageModelConfig(
             vocab_size=VOCAB,
             features=32,
-            depth=2 * len(pattern),
+            depth=3 * len(pattern),
             pattern=pattern,
             num_heads=8,
             num_kv_heads=4,
