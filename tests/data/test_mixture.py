@@ -66,10 +66,10 @@ def test_tokens_come_in_the_proportion_of_the_weights(config, folders, weights):
     config = dataclasses.replace(
         config, weights=weights, sequence_length=1024, shuffle_tokens=1 << 17
     )
-    found = shares(take(iter(make_dataset(config)), 200))  # many times through the smallest
+    found = shares(take(iter(make_dataset(config)), 100))  # several times through the smallest
     expected = expected_shares(folders, weights)
     for letter in CORPORA:
-        assert found[letter] == pytest.approx(expected[letter], rel=0.03, abs=0.003)
+        assert found[letter] == pytest.approx(expected[letter], rel=0.05, abs=0.005)
 
 
 def test_proportions_hold_from_the_beginning_on(config, folders):
