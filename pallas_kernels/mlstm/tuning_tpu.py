@@ -17,13 +17,14 @@ class TuningConfig:
         heads: heads that one program has at a time, at most: its products fill the waiting time of
             one another. Fewer where they do not divide the heads or do not fit VMEM.
         tokens: of one grid step, in whole chunks; fewer where they do not fit VMEM.
-        longest_chunk: tokens of a chunk at most, a multiple of 128.
+        longest_chunk: tokens of a chunk at most: 128, 256 or 512. Longer ones write fewer states,
+            and are predicted to take longer on every chip.
         columns: columns of a product's result that are held at a time, a multiple of 128.
     """
 
     heads: int = 4
     tokens: int = 512
-    longest_chunk: int = 256
+    longest_chunk: int = 128
     columns: int = 256
 
     def __post_init__(self):
