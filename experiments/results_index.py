@@ -22,6 +22,7 @@ from absl import app, flags
 
 from swr_jax.benchmark import predictions, tpu_baselines
 from swr_jax.benchmark.device import report as device_report
+from swr_jax.eval import report as evaluation
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -170,6 +171,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "tpu_baselines": against_scans,
     "compare_mixers": lambda: comparison.table(read("compare_mixers")),
     "compare_ablations": lambda: comparison.table(read("compare_ablations")),
+    "evaluate": lambda: evaluation.table(read("evaluate")),
+    "evaluate_full": lambda: evaluation.table(read("evaluate_full")),
     "swax_recall": lambda: recall_report.table(read("swax_recall_2000")),
     "compare_windows": lambda: comparison_windows.table(read("compare_windows")),
     "cpu_recurrence": cpu_recurrence,

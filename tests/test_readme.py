@@ -40,7 +40,7 @@ def results_index():
     "name",
     [
         *("kernels_gpu", "kernels_tpu", "tpu_baselines", "compare_mixers", "compare_ablations"),
-        *("swax_recall", "compare_windows"),
+        *("swax_recall", "compare_windows", "evaluate", "evaluate_full"),
         *("cpu_recurrence", "cpu_copy", "cpu_layers", "h100_targets"),
     ],
 )

@@ -142,10 +142,12 @@ def needles(records: list[Mapping], path: Path) -> None:
         axis.set_visible(False)
     for axis, name in zip(axes.flat, names, strict=False):
         lengths, depths, shares = needle_grid(record, name)
-        image = axis.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        image = axis.imshow(shares, cmap="viridis", vmin=0, vmax=1, aspect="auto")
         for (row, column), share in np.ndenumerate(shares):
             if not np.isnan(share):
-                axis.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=7)
+                colour = "white" if share < 0.6 else "black"
+                place = {"ha": "center", "va": "center", "fontsize": 7}
+                axis.text(column, row, f"{share:.2f}", color=colour, **place)
         axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=35, fontsize=8)
         axis.set_yticks(range(len(depths)), [str(d) for d in depths], fontsize=8)
         axis.set_title(name, fontsize=10)
@@ -160,12 +162,13 @@ def needles(records: list[Mapping], path: Path) -> None:
 def tasks(records: list[Mapping], path: Path) -> None:
     """Draw shares of right answers of the first record against length, with Wilson intervals."""
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    for number, (name, by_length) in enumerate(pooled(records[0]).items()):
+    found = pooled(records[0])
+    for number, (name, by_length) in enumerate(found.items()):
         lengths = sorted(by_length)
         shares = [by_length[n][0] / by_length[n][1] for n in lengths]
         ends = np.array([wilson(*by_length[n]) for n in lengths])
         # Neighbouring tasks side by side: bars that lie on each other cannot be told apart.
-        x = np.array(lengths) * 2 ** (0.05 * (number % 9 - 4))
+        x = np.array(lengths) * 2 ** (0.04 * (number - (len(found) - 1) / 2))
         axis.errorbar(
             x, shares, np.abs(ends.T - shares), fmt=".-", capsize=2, linewidth=0.8,
             color=plt.get_cmap("tab20")(number % 20), label=name,
