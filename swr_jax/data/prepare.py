@@ -10,35 +10,32 @@ those that are right and makes the others.
 import dataclasses
 import fcntl
 import hashlib
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from swr_jax.data import pieces, token_records
+from swr_jax.data.shards import (
+    Advance,
+    Job,
+    PreparationError,
+    Unfinished,
+    make_or_keep,
+    write_json,
+)
 from swr_jax.data.sources import list_source
-from swr_jax.data.tokenizers import Tokenizer, load_tokenizer
+from swr_jax.data.tokenizers import load_tokenizer
 
 _LOCK_NAME = ".lock"
 _MANY_SHARDS = 256  # as many as there are at most while they are small
 _SMALLEST_SHARD, _LARGEST_SHARD = 1 << 20, 1 << 26  # bytes of the source
 _WORTH_A_WORKER = 1 << 23  # bytes of the source that take longer than a process to start
-_REPORT = 1 << 20  # bytes of text between two reports of progress
-# zstd at its fastest: as small as slower levels on token ids. One document per chunk: one read.
-_RECORD_OPTIONS = "group_size:1,zstd:1"
 _OF_NO_EFFECT = ("source", "tokenizer")  # names of what other entries say exactly
-
-Advance = Callable[[int], Any]
-
-
-class PreparationError(ValueError):
-    """A corpus cannot be tokenised, or not into this folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +53,6 @@ class Outcome:
     made: int
     kept: int
     damaged: list[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What a worker must know beside the pieces of a shard."""
-
-    folder: Path
-    tokenizer: str
-    fingerprint: str
-    text_field: str
-    num_shards: int
-    names: dict[Path, str]
 
 
 class Preparation:
@@ -130,7 +115,7 @@ class Preparation:
             "shard_bytes": shard_bytes,
             "shards": self.num_shards,
         }
-        self._job = _Job(
+        self._job = Job(
             output, tokenizer, vocabulary.fingerprint, text_field, self.num_shards, names
         )
         self._tokenizer = vocabulary
@@ -171,7 +156,7 @@ class Preparation:
         workers = min(workers, self.num_shards)
         if workers == 1:
             states = {
-                number: _make_or_keep(self._job, number, shard, self._tokenizer, advance)
+                number: make_or_keep(self._job, number, shard, self._tokenizer, advance)
                 for number, shard in enumerate(self._shards)
             }
         else:
@@ -206,7 +191,7 @@ class Preparation:
             return
         if any(path.name != _LOCK_NAME for path in folder.iterdir()):
             raise PreparationError(f"output={str(folder)!r} is not empty: name a new folder")
-        _write_json(path, self._plan)
+        write_json(path, self._plan)
 
     def _finish(self) -> dict:
         folder, plan = self._job.folder, self._plan
@@ -224,7 +209,7 @@ class Preparation:
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
         index = folder / token_records.INDEX_NAME
-        with _Unfinished(index) as part, open(part, "wb") as file:
+        with Unfinished(index) as part, open(part, "wb") as file:
             np.save(file, offsets)
         totals = {
             key: sum(shard[key] for shard in shards.values())
@@ -238,7 +223,7 @@ class Preparation:
             "index_sha256": token_records.sha256(index),
             "shards": shards,
         }
-        _write_json(folder / token_records.METADATA_NAME, metadata)
+        write_json(folder / token_records.METADATA_NAME, metadata)
         return metadata
 
 
@@ -260,128 +245,9 @@ def _grouped(found: Iterator[pieces.Piece], size: int) -> Iterator[list[pieces.P
         yield shard
 
 
-def _make_or_keep(
-    job: _Job,
-    number: int,
-    shard: list[pieces.Piece],
-    tokenizer: Tokenizer,
-    advance: Advance,
-) -> str:
-    """Sees to it that a shard is there; returns "made", "kept" or, if made anew, "damaged"."""
-    stem = token_records.shard_stem(number, job.num_shards)
-    manifest = job.folder / f"{stem}.json"
-    state = "made"
-    if manifest.exists():
-        if _is_whole(job.folder, stem, manifest):
-            advance(_size(shard))
-            return "kept"
-        manifest.unlink()
-        state = "damaged"
-    _make_shard(job, stem, shard, tokenizer, advance)
-    return state
-
-
-def _is_whole(folder: Path, stem: str, manifest: Path) -> bool:
-    try:
-        expected = token_records.read_json(manifest)
-    except ValueError:
-        return False
-    name = stem + token_records.SHARD_SUFFIX
-    found = [token_records.sha256(folder / n) for n in (name, token_records.lengths_name(name))]
-    return found == [expected["sha256"], expected["lengths_sha256"]]
-
-
-def _make_shard(
-    job: _Job,
-    stem: str,
-    shard: list[pieces.Piece],
-    tokenizer: Tokenizer,
-    advance: Advance,
-) -> None:
-    from array_record.python import array_record_module
-
-    vocab_size = tokenizer.vocab_size
-    dtype = token_records.token_dtype(vocab_size)
-    path = job.folder / (stem + token_records.SHARD_SUFFIX)
-    lengths: list[int] = []
-    text_bytes = largest = 0
-    with _Unfinished(path) as part:
-        writer = array_record_module.ArrayRecordWriter(str(part), _RECORD_OPTIONS)
-        for piece in shard:
-            reported = read = unreported = 0
-            for text, taken in pieces.read(piece, text_field=job.text_field):
-                ids = tokenizer.encode(text)
-                if len(ids):
-                    largest = max(largest, int(ids.max()))
-                    if largest >= vocab_size:
-                        raise PreparationError(
-                            f"{piece.path}: tokenizer={job.tokenizer!r} gave the id {largest}, its "
-                            f"vocabulary has {vocab_size}: correct the tokenizer"
-                        )
-                writer.write(ids.astype(dtype).tobytes())
-                lengths.append(len(ids))
-                text_bytes += len(text)
-                read = min(read + taken, piece.size)
-                unreported += len(text)
-                if unreported >= _REPORT:
-                    advance(read - reported)
-                    reported, unreported = read, 0
-            advance(piece.size - reported)
-        writer.close()
-    lengths_path = job.folder / token_records.lengths_name(path.name)
-    with _Unfinished(lengths_path) as part, open(part, "wb") as file:
-        np.save(file, np.array(lengths, np.uint32))
-    first, last = shard[0], shard[-1]
-    unit = "row_group" if first.kind == "parquet" else "byte"
-    manifest = {
-        "format": token_records.FORMAT,
-        "documents": len(lengths),
-        "tokens": sum(lengths),
-        "text_bytes": text_bytes,
-        "largest_id": largest,
-        "bytes": path.stat().st_size,
-        "sha256": token_records.sha256(path),
-        "lengths_sha256": token_records.sha256(lengths_path),
-        "from": {"file": job.names[first.path], unit: first.start},
-        "to": {"file": job.names[last.path], unit: last.stop},
-        "tokenizer": job.tokenizer,
-        "fingerprint": job.fingerprint,
-    }
-    _write_json(job.folder / f"{stem}.json", manifest)
-
-
-def _size(shard: list[pieces.Piece]) -> int:
-    return sum(piece.size for piece in shard)
-
-
-class _Unfinished:
-    """A temporary name beside `path`, which takes its place when the block ends without error."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        # Two processes may be at it, where one outlives its parent for a moment.
-        self._part = path.with_name(f".{path.name}.{os.getpid()}.part")
-
-    def __enter__(self) -> Path:
-        return self._part
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._part.unlink(missing_ok=True)
-            return
-        with open(self._part, "rb") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the name without the content
-        self._part.replace(self._path)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    with _Unfinished(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
-
-
 def _locked(folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT)
+    descriptor = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -396,7 +262,7 @@ def _locked(folder: Path) -> int:
 
 
 def _run_workers(
-    job: _Job, shards: list[list[pieces.Piece]], count: int, advance: Advance
+    job: Job, shards: list[list[pieces.Piece]], count: int, advance: Advance
 ) -> dict[int, str]:
     # Not forked: JAX and the tokenizers have threads.
     context = multiprocessing.get_context("spawn")
@@ -438,7 +304,7 @@ def _run_workers(
     return states
 
 
-def _work(job: _Job, connection: multiprocessing.connection.Connection) -> None:
+def _work(job: Job, connection: multiprocessing.connection.Connection) -> None:
     """A worker: makes the shards that come through the pipe until there is None or no parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process to each core is enough
@@ -446,7 +312,7 @@ def _work(job: _Job, connection: multiprocessing.connection.Connection) -> None:
         tokenizer = load_tokenizer(job.tokenizer)
         while (task := connection.recv()) is not None:
             number, shard = task
-            state = _make_or_keep(
+            state = make_or_keep(
                 job, number, shard, tokenizer, lambda size: connection.send(("read", size))
             )
             connection.send(("done", {number: state}))
