@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from swr_jax.benchmark import mlstm_tpu_baselines as mlstm_baselines
 from swr_jax.benchmark.plots.common import predicted_by, save
 from swr_jax.benchmark.predictions import floor
 from swr_jax.benchmark.tpu_baselines import CHIPS, FEATURES, HEADS, LENGTHS, MODES, TOKENS
@@ -88,3 +89,37 @@ def tpu_baselines(record: dict, path: Path) -> None:
     axes[0, 0].legend(fontsize=8)
     title = f"Predicted by the TPU's compiler, {TOKENS} tokens, H {HEADS}, D {FEATURES}, bfloat16"
     save(figure, f"{title}\n{predicted_by(record)}", path)
+
+
+def mlstm_tpu_baselines(record: dict, path: Path) -> None:
+    """Draw time against length, a panel for each chip."""
+    chips, lengths = mlstm_baselines.CHIPS, mlstm_baselines.LENGTHS
+    figure, axes = plt.subplots(1, len(chips), figsize=(13, 4.2), sharey=True)
+    colors = dict(zip(mlstm_baselines.CONTESTANTS, ("tab:red", "tab:blue"), strict=True))
+    styles = dict(zip(mlstm_baselines.MODES, (("o", "--"), ("s", "-")), strict=True))
+    for axis, chip in zip(axes, chips, strict=True):
+        for name, color in colors.items():
+            for mode, (marker, style) in styles.items():
+                points = [
+                    (p["tokens"], p["seconds"] * 1e3)
+                    for p in record["predictions"]
+                    if (p["chip"], p["mode"], p["contestant"]) == (chip, mode, name)
+                ]
+                axis.plot(
+                    *zip(*points, strict=True),
+                    color=color,
+                    marker=marker,
+                    linestyle=style,
+                    label=f"{name}, {mode}",
+                )
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
+        axis.grid(True, which="both", alpha=0.3)
+        axis.set_title(chip, fontsize=10)
+        axis.set_xlabel("tokens T")
+    axes[0].set_ylabel("milliseconds")
+    axes[0].legend(fontsize=8)
+    sizes = f"{mlstm_baselines.HEADS} heads of {mlstm_baselines.Q_DIM}, {mlstm_baselines.V_DIM}"
+    title = f"mLSTM, predicted by the TPU's compiler, {mlstm_baselines.TOKENS} tokens, {sizes}"
+    save(figure, f"{title}, bfloat16\n{predicted_by(record)}", path)
