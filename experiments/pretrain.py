@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
         jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     try:
         summary = train(make_train_config(CONFIG.value.to_dict()), Path(WORKDIR.value))
-    except (NonFiniteError, ValueError) as error:
+    except (ImportError, NonFiniteError, ValueError) as error:
         sys.exit(f"error: {error}")
     if jax.process_index() == 0:
         report(summary)

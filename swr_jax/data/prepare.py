@@ -277,12 +277,16 @@ def _run_workers(
             theirs.close()
             processes[ours] = process
             ours.send(next(waiting))
-        while len(states) < len(shards):
-            for connection in multiprocessing.connection.wait(processes):
+        busy = list(processes)
+        while busy:
+            for connection in multiprocessing.connection.wait(busy):
                 try:
                     message, value = connection.recv()
                     if message == "done":
-                        connection.send(next(waiting, None))
+                        task = next(waiting, None)
+                        connection.send(task)
+                        if task is None:
+                            busy.remove(connection)
                 except (EOFError, ConnectionError):
                     process = processes[connection]
                     process.join()

@@ -242,6 +242,18 @@ def test_killed_at_any_time_it_goes_on_to_the_same_files(bpe, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_worker_that_has_nothing_left_to_do_is_no_dead_one(tmp_path):
+    (tmp_path / "text").mkdir()
+    write_lines(tmp_path / "text" / "a.jsonl", ["short"])
+    long = gzip.compress(b'{"text": "long"}\n' * 100_000)  # takes seconds, and is one piece
+    (tmp_path / "text" / "b.jsonl.gz").write_bytes(long)
+    with Preparation(str(tmp_path / "text"), tmp_path / "t", shard_bytes=20) as preparation:
+        outcome = preparation.run(workers=2)
+    assert (preparation.num_shards, outcome.made) == (2, 2)
+    assert len(open_source(str(tmp_path / "t"))) == 100_001
+
+
+@pytest.mark.slow
 def test_a_worker_that_dies_is_told(text, tmp_path, monkeypatch):
     # Killed from outside, as the kernel does for want of memory.
     killed = []
