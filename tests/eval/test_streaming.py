@@ -77,11 +77,11 @@ def test_answers_side_by_side_are_the_likeliest_tokens_of_each_prompt_alone(patt
 
 
 def test_answers_end_when_all_are_over(hybrid):
-    streamer = Streamer(hybrid, chunk_size=16, batch_size=1)
-    (full,) = streamer.generate(texts(8), max_tokens=48)
-    (ended,) = streamer.generate(texts(8), max_tokens=48, is_over=lambda ids: full[20] in ids)
-    assert ended == full[: len(ended)]
-    assert len(ended) in (16, 32)  # looked at every 16 tokens
+    streamer, prompts = Streamer(hybrid, chunk_size=16, batch_size=3), texts(8) * 3
+    full = streamer.generate(prompts, max_tokens=48)[0]
+    ended = streamer.generate(prompts, max_tokens=48, is_over=lambda ids: full[20] in ids)
+    assert all(answer == full[: len(answer)] for answer in ended)
+    assert len(ended[0]) in (16, 32)  # looked at every 16 tokens
 
 
 @pytest.mark.parametrize(
