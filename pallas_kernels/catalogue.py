@@ -57,6 +57,7 @@ __all__ = ["Budget", "Entry", "Launch", "check", "default_budget", "entries"]
 BATCH, TIME, HEADS, FEATURES = 8, 8192, 128, 16
 
 _MODULES = (
+    "pallas_kernels.mlstm.entries_gpu",
     "pallas_kernels.swr.entries_gpu",
     "pallas_kernels.swr.entries_tpu",
     "pallas_kernels.mlstm.entries_tpu",

@@ -31,6 +31,7 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     load_columns,
     load_matrix,
     load_own,
+    load_vector,
     matrices,
     opaque,
     over_columns,
@@ -45,11 +46,12 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     tile_of,
     tiles_of,
     transposed,
+    vector_copies,
     vectors,
     warpgroups,
     where,
 )
-from pallas_kernels.mlstm.mosaic_gpu_rows import D_DENOMINATOR, INVERSE
+from pallas_kernels.mlstm.mosaic_gpu_rows import INVERSE, RATIO
 from pallas_kernels.mlstm.tuning import TILE, fitting_slots
 
 Array = jax.Array
@@ -138,7 +140,8 @@ def gradient(p: Problem, q, k, v, gates, told, dh, dmemories, dnormalizers) -> t
                     lambda group: place.own_tokens(k_gmem, item, group), k_smem, barrier, p.groups
                 )
                 plgpu.copy_gmem_to_smem(place.tokens(q_gmem, item), q_smem.at[0], barrier)
-                by_chunk = ((gates_gmem, gates_smem), (told_gmem, told_smem), (dn_gmem, dn_smem))
+                by_chunk = ((gates_gmem, gates_smem), (told_gmem, told_smem))
+                load_vector(dn_gmem.at[place.index(item)], dn_smem, barrier)
                 for source, target in by_chunk:
                     plgpu.copy_gmem_to_smem(source.at[place.index(item)], target, barrier)
                 load_steps(item, 0, True, True, None)
@@ -152,15 +155,13 @@ def gradient(p: Problem, q, k, v, gates, told, dh, dmemories, dnormalizers) -> t
         def compute(group: Array) -> None:
             @pl.loop(0, place.count)
             def _(item):
-                own = opaque(group)
-                staging = tiles.at[own]
 
                 def step_of(phase: int, tile: Array) -> tuple[Array, Array]:
                     step = item * per_item + phase * p.v_tiles + tile
                     return step, stream.slot(step)
 
                 plgpu.barrier_wait(head_full.at[0])
-                weights = Weights(gates_smem, own, own_columns=True)
+                weights = Weights(gates_smem, opaque(group), own_columns=True)
                 scores = tiles_of(product(afresh(k_smem, group), transposed(afresh(q_smem))))
                 s = [weights.matrix(i) * x for i, x in enumerate(scores)]
 
@@ -179,15 +180,20 @@ def gradient(p: Problem, q, k, v, gates, told, dh, dmemories, dnormalizers) -> t
                 after = own_sum = None
                 read, p_16 = [], []
                 for i, x in enumerate(tiles_of(ds)):
-                    x = x * row(INVERSE, i) + row(D_DENOMINATOR, i)
-                    both = s[i] * x
-                    after = plus(after, row_sums([where(weights.seen(i), both)]))
-                    own_sum = plus(own_sum, row_sums([where(weights.diagonal(i), both)]))
-                    read.append((s[i] * row(INVERSE, i)).astype(p.dtype))
+                    x += row(RATIO, i)
+                    reads = s[i] * row(INVERSE, i)
+                    read.append(reads.astype(p.dtype))
+                    reads *= x
+                    after = plus(after, row_sums([where(weights.seen(i), reads)]))
+                    own_sum = plus(own_sum, row_sums([where(weights.diagonal(i), reads)]))
+                    x *= row(INVERSE, i)
+                    # One after the other: there are no registers for both.
+                    x, after, own_sum = opaque((x, after, own_sum))
                     p_16.append((weights.matrix(i) * x).astype(p.dtype))
                 kept = weights.own_row(rows_of.KEPT)
 
                 def send(x: Array, target: Ref) -> None:
+                    staging = afresh(tiles, group)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     staging[...] = x.astype(p.dtype)
                     plgpu.commit_smem()
@@ -202,7 +208,7 @@ def gradient(p: Problem, q, k, v, gates, told, dh, dmemories, dnormalizers) -> t
                     dv, left = products(factors, [(afresh(k_smem, group), dc_smem.at[slot])])
                     stream.release(step)
                     dv += left * over_rows(kept, left)
-                    send(dv, place.own_tokens(dv_gmem, item, own, tile))
+                    send(dv, Place(p).own_tokens(dv_gmem, item, opaque(group), tile))
 
                 dkept = None
                 for phase, part in enumerate(parts, 2):
@@ -221,16 +227,19 @@ def gradient(p: Problem, q, k, v, gates, told, dh, dmemories, dnormalizers) -> t
                         tile = part.start // TILE + i
                         x += over_columns(load_columns(dn_smem.at[tile_of(tile)]), x)
                         x *= over_rows(kept, x)
-                        term = jnp.sum(x * load_matrix(afresh(k_smem, group).at[:, tile_of(tile)]), axis=1)
+                        term = jnp.sum(
+                            x * load_matrix(afresh(k_smem, group).at[:, tile_of(tile)]), axis=1
+                        )
                         dkept = plus(dkept, term)
                         factors = [
-                            (y, afresh(q_smem).at[tile_of(j), tile_of(tile)]) for j, y in enumerate(p_16)
+                            (y, afresh(q_smem).at[tile_of(j), tile_of(tile)])
+                            for j, y in enumerate(p_16)
                         ]
                         (dk,) = products(factors)
-                        send(dk + x, place.own_tokens(dk_gmem, item, own, tile))
+                        send(dk + x, Place(p).own_tokens(dk_gmem, item, opaque(group), tile))
 
                 for name, x in {COLUMN: after, OWN: own_sum, KEPT: dkept}.items():
-                    store_directly(d_gates_gmem.at[place.index(item), name, weights.own], x)
+                    store_directly(d_gates_gmem.at[Place(p).index(item), name, weights.own], x)
                 plgpu.barrier_arrive(head_free.at[0])
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -252,7 +261,7 @@ def gradient(p: Problem, q, k, v, gates, told, dh, dmemories, dnormalizers) -> t
         vectors(8, p.chunk),
         vectors(4, p.chunk),
         vectors(p.q_dim),
-        full_barriers(1, p.groups + 4),
+        full_barriers(1, p.groups + 3 + vector_copies(p.q_dim)),
         free_barriers(1, p.groups),
         full_barriers(slots, p.groups),
         full_barriers(slots),

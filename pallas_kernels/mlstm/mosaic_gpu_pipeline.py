@@ -28,6 +28,7 @@ Ref = jax.Ref
 MATRIX = plgpu.Layout.WGMMA
 ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)  # A number for each row, or for each column.
 WIDEST_PRODUCT = 256  # columns of one tensor core instruction
+_LONGEST_COPY = 256  # numbers along an axis
 _LOG2_E = math.log2(math.e)
 
 # Registers of a thread where two warpgroups compute; one alone has all that a thread can have.
@@ -144,6 +145,19 @@ def load_own(source: Callable[[int], Ref], target: Ref, barrier: Ref, groups: in
         plgpu.copy_gmem_to_smem(source(group), target.at[group], barrier)
 
 
+def vector_copies(size: int) -> int:
+    """Copies that `load_vector` makes."""
+    return pl.cdiv(size, _LONGEST_COPY)
+
+
+def load_vector(source: Ref, target: Ref, barrier: Ref) -> None:
+    """Load a vector of any size."""
+    size = target.shape[0]
+    for first in range(0, size, _LONGEST_COPY):
+        part = pl.ds(first, min(_LONGEST_COPY, size - first))
+        plgpu.copy_gmem_to_smem(source.at[part], target.at[part], barrier)
+
+
 def products(*sums: Sequence[tuple[Any, Ref]]) -> tuple[Array, ...]:
     """Return sums [64, N] of products of pairs [64, K], [K, N], in float32."""
 
@@ -244,8 +258,9 @@ class Place:
 
     def __init__(self, p: Problem):
         self.problem = p
-        self.head, self.batch = lax.axis_index("head"), lax.axis_index("batch")
-        self.first = lax.axis_index("span") * p.config.span
+        names = ("head", "batch", "span")
+        self.head, self.batch, span = (opaque(lax.axis_index(name)) for name in names)
+        self.first = span * p.config.span
         self.count = jnp.minimum(p.chunks - self.first, p.config.span)
 
     @staticmethod

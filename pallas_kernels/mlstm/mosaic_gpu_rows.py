@@ -37,6 +37,7 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     launch,
     load_columns,
     load_own,
+    load_vector,
     matrices,
     opaque,
     over_columns,
@@ -51,6 +52,7 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     tile_of,
     tiles_of,
     transposed,
+    vector_copies,
     vectors,
     warpgroups,
     where,
@@ -67,6 +69,11 @@ INVERSE, D_DENOMINATOR, READ, RATIO = range(4)
 _NARROW = 128
 
 
+def _parts(p: Problem) -> list[slice]:
+    """Parts of R that have their place beside dS."""
+    return rounds(p, WIDEST_PRODUCT if p.chunk == TILE else _NARROW)
+
+
 def output_slots(p: Problem) -> int:
     """Slots of `outputs`; 0: shared memory has no room."""
     fixed = _head_bytes(p) + 2 * p.chunk * TILE * p.dtype.itemsize
@@ -75,7 +82,7 @@ def output_slots(p: Problem) -> int:
 
 def gradient_slots(p: Problem) -> int:
     """Slots of `gradient`; 0: shared memory has no room."""
-    stage = (2 * p.chunk + min(p.q_dim, WIDEST_PRODUCT)) * TILE
+    stage = (2 * p.chunk + _parts(p)[0].stop) * TILE
     return fitting_slots(p.config, _head_bytes(p), stage * p.dtype.itemsize)
 
 
@@ -90,7 +97,7 @@ def _head_scratch(p: Problem) -> list:
         matrices(1, p.chunk, p.q_dim, dtype=p.dtype),
         vectors(8, p.chunk),
         vectors(p.q_dim),
-        full_barriers(1, p.groups + 3),
+        full_barriers(1, p.groups + 2 + vector_copies(p.q_dim)),
         free_barriers(1, p.groups),
     ]
 
@@ -103,7 +110,7 @@ def _load_head(p: Problem, place: Place, item: Array, sources: list[Ref], head: 
     load_own(lambda group: place.own_tokens(q, item, group), q_smem, barrier, p.groups)
     plgpu.copy_gmem_to_smem(place.tokens(k, item), k_smem.at[0], barrier)
     plgpu.copy_gmem_to_smem(gates.at[place.index(item)], gates_smem, barrier)
-    plgpu.copy_gmem_to_smem(normalizers.at[place.index(item)], n_smem, barrier)
+    load_vector(normalizers.at[place.index(item)], n_smem, barrier)
 
 
 def outputs(p: Problem, q, k, v, gates, memories, normalizers) -> Array:
@@ -202,7 +209,7 @@ def gradient(p: Problem, q, k, v, gates, memories, normalizers, dh) -> tuple[Arr
         [B H N, L], float32.
     """
     slots = gradient_slots(p)
-    parts = rounds(p, WIDEST_PRODUCT)
+    parts = _parts(p)
     width = parts[0].stop
     narrow = p.q_dim <= _NARROW
     # Several parts are computed twice: before dd is known, for drec, and after.
@@ -304,7 +311,9 @@ def gradient(p: Problem, q, k, v, gates, memories, normalizers, dh) -> tuple[Arr
                 for phase, part in enumerate([parts[0]] if narrow else reads[: len(parts)], 1):
                     if not narrow:
                         found = steps(item, own, phase, False, part)
-                    own_part = afresh(q_smem, group).at[:, pl.ds(part.start, part.stop - part.start)]
+                    own_part = afresh(q_smem, group).at[
+                        :, pl.ds(part.start, part.stop - part.start)
+                    ]
                     term = read * inner_with_rows(own_part, found[0])
                     drecalled = plus(drecalled, term)
 
@@ -333,7 +342,8 @@ def gradient(p: Problem, q, k, v, gates, memories, normalizers, dh) -> tuple[Arr
                         found = steps(item, own, 1 + len(parts) + i, False, part)
                     for tile in range(part.start // TILE, part.stop // TILE):
                         factors = [
-                            (x, afresh(k_smem).at[tile_of(i), tile_of(tile)]) for i, x in enumerate(ds)
+                            (x, afresh(k_smem).at[tile_of(i), tile_of(tile)])
+                            for i, x in enumerate(ds)
                         ]
                         (dq,) = products(factors)
                         first = tile * TILE - part.start

@@ -238,7 +238,7 @@ def walk(
         free_barriers(slots, groups),
         full_barriers(groups),
     ]
-    name = "mlstm_states_backward" if backward else "mlstm_states"
+    name = "mlstm_states_backward" if backward else "mlstm_states_forward"
     grid = {"v_block": v_blocks, "q_block": p.q_dim // q_tile, "head": p.heads, "batch": p.batch}
     return launch(body, name, groups, outputs, scratch, **grid)(*inputs)
 

@@ -22,7 +22,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "
 
 
 def test_within_budget_at_the_reference_shape():
-    results = catalogue.check(CHIP)
+    results = catalogue.check(CHIP, "swr/")
     assert {report.name for report, _ in results} == {
         f"swr/{form}/{window}/{passes}"
         for form in ("plain", "gated")

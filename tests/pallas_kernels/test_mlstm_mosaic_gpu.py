@@ -1,0 +1,164 @@
+"""The Hopper kernels of the mLSTM in the interpreter, races detected and scratch poisoned.
+
+Against the plain passes in float32, which have an oracle of their own. Every case runs in a process
+whose XLA does not spread one operation over threads: the interpreter's warpgroups wait for each
+other on XLA's threads, and would leave too few.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import mlstm_passes
+import numpy as np
+import pytest
+from simulation import simulated_gpu
+
+from pallas_kernels.mlstm import gates, mosaic_gpu
+from pallas_kernels.mlstm.gradient import Options
+from pallas_kernels.mlstm.tuning import TuningConfig, state_tiles
+
+TESTS = Path(__file__).parents[1]
+TOLERANCE = 4e-3
+NAMES = ("h", "memory", "normalizer")
+NAMES += ("dq", "dk", "dv", "drows", "dcarry", "dmemory", "dnormalizer")
+
+# (T, H, Dk, Dv, chunk): two chunks of one warpgroup; two warpgroups, dimensions that are padded.
+QUICK = [(128, 1, 64, 64, 64), (128, 1, 40, 72, 128)]
+MATRIX = [
+    (64, 2, 64, 64, 64),
+    (192, 2, 64, 192, 64),
+    (384, 1, 128, 256, 128),
+    (128, 1, 192, 64, 128),
+    (128, 1, 256, 128, 128),
+    (64, 1, 320, 64, 64),
+]
+
+
+def compare(length, heads, q_dim, v_dim, chunk, *, stabilized=True, normalized=True):
+    """Everything that the passes return, against the plain passes on the same rounded inputs."""
+    rng = np.random.default_rng([length, heads, q_dim, v_dim])
+
+    def draw(*shape, dtype=jnp.float32, mean=0.0):
+        return jnp.asarray(rng.standard_normal(shape) + mean, dtype)
+
+    narrow, wide = (1, length, heads, q_dim), (1, length, heads, v_dim)
+    q, k = (draw(*narrow, dtype=jnp.bfloat16, mean=0.5) for _ in range(2))
+    v, dh = (draw(*wide, dtype=jnp.bfloat16) for _ in range(2))
+    log_i, log_f = draw(*narrow[:3]), jax.nn.log_sigmoid(draw(*narrow[:3], mean=2.0))
+    if not stabilized:
+        log_i = jax.nn.log_sigmoid(log_i)
+    # Documents begin in the first chunk and in others.
+    log_f = jnp.where(jnp.asarray(rng.uniform(size=log_f.shape) < 0.02), -jnp.inf, log_f)
+    state, dstate = (
+        (draw(1, heads, q_dim, v_dim), draw(1, heads, q_dim, mean=0.5)) for _ in range(2)
+    )
+    prepared = gates.prepare(
+        log_i,
+        log_f,
+        jnp.zeros((1, heads)),
+        chunk=chunk,
+        stabilized=stabilized,
+        normalized=normalized,
+        q_dim=q_dim,
+    )
+    options = Options(chunk, stabilized, normalized, TuningConfig(span=2, slots=2))
+    given = (q, k, v, prepared.rows, prepared.carry, *state)
+    with simulated_gpu():
+        found = (
+            *mosaic_gpu.forward(options, *given),
+            *mosaic_gpu.backward(options, *given, dh, *dstate),
+        )
+        jax.block_until_ready(found)
+    expected = (
+        *mlstm_passes.forward(options, *given),
+        *mlstm_passes.backward(options, *given, dh, *dstate),
+    )
+    for name, got, wanted in zip(NAMES, found, expected, strict=True):
+        assert got.shape == wanted.shape and got.dtype == wanted.dtype, name
+        got, wanted = (np.asarray(x, np.float64) for x in (got, wanted))
+        assert np.isfinite(got).all(), name
+        error, scale = np.linalg.norm(got - wanted), np.linalg.norm(wanted)
+        # Gradients of the gates are inner products, which cancel.
+        tolerance = 6e-3 if name in ("drows", "dcarry") else TOLERANCE
+        assert error <= tolerance * scale, f"{name}: {error / scale:.2e}"
+
+
+def run(*arguments, **options):
+    """`compare` in a process of its own; see the module."""
+    code = f"import test_mlstm_mosaic_gpu as t; t.compare(*{arguments!r}, **{options!r})"
+    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
+    environment = os.environ | {
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS / "pallas_kernels"))),
+    }
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(
+        command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.mark.parametrize("sizes", QUICK)
+def test_results_and_every_gradient(sizes):
+    run(*sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MATRIX)
+@pytest.mark.parametrize(
+    "options", [{}, {"stabilized": False}, {"stabilized": False, "normalized": False}]
+)
+def test_results_and_every_gradient_over_the_matrix(sizes, options):
+    run(*sizes, **options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "message"),
+    [
+        ("float32", (64, 64), "q.dtype=float32: the tensor cores would round it"),
+        ("float16", (64, 64), "q.dtype=float16: the weights 1 / divisor leave its range"),
+        ("bfloat16", (576, 64), "Dk=576, Dv=64: the kernels take up to 512 and 1024"),
+        ("bfloat16", (512, 64), "Dk=512, chunk=128: more than shared memory holds"),
+    ],
+)
+def test_what_is_out_of_reach_is_not_implemented_and_says_why(dtype, sizes, message):
+    q, v = (jnp.zeros((1, 128, 1, size), dtype) for size in sizes)
+    options = Options(128, True, True, TuningConfig())
+    with pytest.raises(NotImplementedError, match=re.escape(message)):
+        mosaic_gpu.check(options, q, q, v)
+
+
+@pytest.mark.parametrize(
+    ("wish", "time", "q_dim", "chunk"),
+    [(16, 8192, 128, 64), (256, 8192, 128, 128), (128, 50, 128, 64), (128, 8192, 512, 64)],
+)
+def test_the_chunk_is_one_that_the_kernels_have(wish, time, q_dim, chunk):
+    config = TuningConfig()
+    assert mosaic_gpu.chunk_length(wish, time, q_dim, 256, jnp.bfloat16, config) == chunk
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk": 96}, "chunk=96: must be 64, 128 or None"),
+        ({"span": 0}, "span=0: must be at least 1"),
+        ({"q_tile": 32}, "q_tile=32: must be 64, 128 or None"),
+        ({"v_tile": 512}, "v_tile=512: must be 64, 128, 192, 256 or None"),
+        ({"slots": 0}, "slots=0: must be at least 1"),
+    ],
+)
+def test_a_tiling_that_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TuningConfig(**options)
+
+
+def test_state_tiles_fill_the_chip():
+    """Whole states where there are enough sequences, small tiles of them where there are few."""
+    assert state_tiles(TuningConfig(), 128, 128, 256, 132) == (128, 256)
+    assert state_tiles(TuningConfig(), 16, 128, 256, 132) == (64, 64)
