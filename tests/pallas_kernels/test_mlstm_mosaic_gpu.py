@@ -79,7 +79,7 @@ def compare(length, heads, q_dim, v_dim, chunk, *, stabilized=True, normalized=T
         *mlstm_passes.backward(options, *given, dh, *dstate),
     )
     for name, got, wanted in zip(NAMES, found, expected, strict=True):
-        assert got.shape == wanted.shape and got.dtype == wanted.dtype, name
+        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype), name
         got, wanted = (np.asarray(x, np.float64) for x in (got, wanted))
         assert np.isfinite(got).all(), name
         error, scale = np.linalg.norm(got - wanted), np.linalg.norm(wanted)
