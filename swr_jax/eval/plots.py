@@ -97,7 +97,8 @@ def perplexity(records: list[Mapping], path: Path) -> None:
     )
     _tokens_axis(axis, "position: tokens seen before the one that is named")
     axis.set_ylabel("bits per byte")
-    axis.legend(title="context, tokens", fontsize=8)
+    if axis.lines[:-1]:  # besides the length of training
+        axis.legend(title="context, tokens", fontsize=8)
     axis.set_title(f"{_origin(records[0])}; bands: 95 %, bootstrap", fontsize=9)
     _save(figure, path)
 
