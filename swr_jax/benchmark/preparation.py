@@ -44,7 +44,7 @@ class Sizes:
     rounds: int
 
 
-FULL = Sizes(text_bytes=96 << 20, vocab_size=1 << 15, rounds=5)
+FULL = Sizes(text_bytes=64 << 20, vocab_size=1 << 15, rounds=3)
 TINY = Sizes(text_bytes=1 << 18, vocab_size=300, rounds=1)
 
 
