@@ -50,12 +50,14 @@ def main(argv: list[str]) -> None:
     if values["model"].get("vocab_size") is None:
         values["model"]["vocab_size"] = VOCABULARY
         print(f"vocabulary: {VOCABULARY:,}; --config.model.vocab_size=N for another")
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     plans = []
     try:
         for topology in TOPOLOGY.value:
             parse_topology(topology)
             for changed in candidates(values):
-                plans.append(make_plan(make_train_config(changed), topology))
+                plan = make_plan(make_train_config(changed), topology)
+                plans.append({"config": name} | plan)
                 print(plan_report.text(plans[-1], TOKENS.value), flush=True)
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -9,10 +9,9 @@ DAY = 86_400
 
 def text(plan: Mapping, tokens: float) -> str:
     """A paragraph of figures."""
-    mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
-    held = plan["held"]
+    mesh, held = _mesh(plan), plan["held"]
     lines = [
-        f"\n{plan['topology']} ({plan['devices']} devices): {mesh or 'one device'}",
+        f"\n{plan['topology']} ({plan['devices']} devices): {mesh}",
         f"  model           {plan['parameters']:,} parameters",
         f"  update          {plan['rows']} rows of {plan['length']:,} tokens = "
         f"{plan['tokens_per_update']:,}",
@@ -64,13 +63,36 @@ def ranking(plans: Sequence[Mapping]) -> str:
     timed = [plan for plan in plans if plan["fits"] and "seconds" in plan]
     lines = ["tokens/s per device   MFU   memory GiB   rows   topology and mesh"]
     for plan in sorted(timed, key=_speed, reverse=True):
-        mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
         lines.append(
             f"{_speed(plan):19,.0f} {plan['mfu']:5.1%} {plan['memory'] / GIB:12.1f} "
-            f"{plan['rows']:6}   {plan['topology']}: {mesh}"
+            f"{plan['rows']:6}   {plan['topology']}: {_mesh(plan)}"
         )
     lost = len(plans) - len(timed)
     return "\n".join([*lines, f"{lost} that do not fit"] if lost else lines)
+
+
+def table(plans: Sequence[Mapping]) -> str:
+    """Markdown: a line for each plan, with its time over that of the first on its topology."""
+    lines = [
+        "| model | slice and mesh | tokens a row | memory of a chip, GiB | step, ms "
+        "| model FLOPs used | tokens/s | speed over the first |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    first: dict[tuple, float] = {}
+    for plan in plans:
+        speed = first.setdefault((plan["topology"], plan["length"]), plan["tokens_per_second"])
+        cells = (
+            f"`{plan['config']}`, {plan['parameters'] / 1e9:.2f}e9",
+            f"{plan['topology']}, {_mesh(plan)}",
+            f"{plan['length']:,}",
+            f"{plan['memory'] / GIB:.1f} of {plan['memory_limit'] / GIB:.0f}",
+            f"{plan['seconds'] * 1e3:,.0f}",
+            f"{plan['mfu']:.0%}",
+            f"{plan['tokens_per_second']:,.0f}",
+            f"{plan['tokens_per_second'] / speed:.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def draw(record: Mapping, path: Path) -> None:
@@ -91,8 +113,7 @@ def draw(record: Mapping, path: Path) -> None:
         ):
             axis.barh(place, part * scale, left=left, color=color)
             left += part * scale
-        mesh = ", ".join(f"{name} {size}" for name, size in plan["mesh"].items() if size > 1)
-        labels.append(f"{plan['topology']}, {mesh}, {plan['length']:,} tokens")
+        labels.append(f"{plan['config']}, {plan['topology']}, {_mesh(plan)}, T {plan['length']:,}")
     axis.set_yticks(range(len(plans)), labels)
     axis.invert_yaxis()
     axis.set_xlabel("predicted device time per token (us)")
@@ -105,3 +126,8 @@ def draw(record: Mapping, path: Path) -> None:
 
 def _speed(plan: Mapping) -> float:
     return plan["tokens_per_second"] / plan["devices"]
+
+
+def _mesh(plan: Mapping) -> str:
+    sizes = [f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1]
+    return ", ".join(sizes) or "one device"

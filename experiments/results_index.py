@@ -17,6 +17,7 @@ from pathlib import Path
 
 import comparison
 import comparison_windows
+import plan_report
 import recall_report
 from absl import app, flags
 
@@ -120,6 +121,12 @@ def cpu_layers() -> str:
     )
 
 
+def plans() -> str:
+    """What models of one size would take on one slice."""
+    names = ("plan_transformer_1b", "plan_phalanx_1b")
+    return plan_report.table([plan for name in names for plan in read(name)["plans"]])
+
+
 def h100() -> dict:
     """What is predicted of an H100 and what is asked of it, beside what one has measured."""
     source = read("kernels_gpu")
@@ -175,6 +182,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "evaluate_full": lambda: evaluation.table(read("evaluate_full")),
     "swax_recall": lambda: recall_report.table(read("swax_recall_2000")),
     "compare_windows": lambda: comparison_windows.table(read("compare_windows")),
+    "plans": plans,
     "cpu_recurrence": cpu_recurrence,
     "cpu_copy": cpu_copy,
     "cpu_layers": cpu_layers,
@@ -205,6 +213,7 @@ def source_of(record: Mapping) -> dict[str, str]:
     chips = {r["chip"]["name"] for r in record.get("reports", ())}
     chips |= {r["chip"] for r in record.get("predictions", ()) if "chip" in r}
     chips |= {record["chip"]} if "chip" in record else set()
+    chips |= {plan["topology"] for plan in record.get("plans", ())}
     chip = f"predicted: {', '.join(sorted(chips))}" if chips else where["device"]
     return {
         "chip": chip,

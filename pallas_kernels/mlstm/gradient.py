@@ -117,6 +117,7 @@ def entry_point(
     forward: Callable,
     backward: Callable,
     chunk_length: Callable[..., int],
+    check: Callable[..., None],
     default: Any,
     *,
     automatic: bool,
@@ -127,6 +128,7 @@ def entry_point(
         forward, backward, automatic: as `differentiable` takes them.
         chunk_length: takes (chunk_size, time, q_dim, v_dim, dtype, config) to the length of a
             chunk that is nearest to what is wished for.
+        check: takes (options, q, k, v); raises NotImplementedError for what the kernels cannot do.
         default: the `TuningConfig` where a call names none.
     """
     solve = differentiable(forward, backward, automatic=automatic)
@@ -161,6 +163,7 @@ def entry_point(
         config = default if config is None else config
         chunk = chunk_length(chunk_size, q.shape[1], q.shape[-1], v.shape[-1], q.dtype, config)
         options = Options(chunk, stabilized, normalized, config)
+        check(options, q, k, v)
         return solve(options, q, k, v, log_i, log_f, state)
 
     return chunkwise

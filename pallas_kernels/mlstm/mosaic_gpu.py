@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.mlstm import gates as rows_of
 from pallas_kernels.mlstm import mosaic_gpu_columns as columns
 from pallas_kernels.mlstm import mosaic_gpu_rows as rows
+from pallas_kernels.mlstm.gradient import entry_point
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import Problem
 from pallas_kernels.mlstm.mosaic_gpu_states import walk
 from pallas_kernels.mlstm.tuning import MULTIPROCESSORS, TILE, TuningConfig
@@ -154,6 +155,9 @@ def backward(
         carry * inner.reshape(carry.shape),
         *call.last_state(*last),
     )
+
+
+chunkwise = entry_point(forward, backward, chunk_length, check, TuningConfig(), automatic=True)
 
 
 class _Call:

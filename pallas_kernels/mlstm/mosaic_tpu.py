@@ -248,4 +248,4 @@ def backward(
 
 
 # The compiler of TPUs cannot split a kernel by itself.
-chunkwise = entry_point(forward, backward, chunk_length, TuningConfig(), automatic=False)
+chunkwise = entry_point(forward, backward, chunk_length, check, TuningConfig(), automatic=False)
