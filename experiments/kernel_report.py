@@ -25,7 +25,9 @@ CHIPS = {"gpu": ("h100", "h200", "b200"), "tpu": ("v4", "v5e", "v5p", "v6e", "tp
 
 PLATFORM = flags.DEFINE_enum("platform", "gpu", list(CHIPS), "Which chips.")
 OUT = flags.DEFINE_string("out", "experiments/results", "Folder for the results, made if missing.")
-KERNEL = flags.DEFINE_string("kernel", "", "Only kernels with this in their name.")
+KERNEL = flags.DEFINE_string(
+    "kernel", "", "Only kernels with this in their name; others stay in the files as they are."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -34,7 +36,6 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected argument {argv[1]!r}: options begin with --")
     jax.config.update("jax_platforms", "cpu")
     environment = report.environment(sys.argv[1:])
-    shape = f"B {catalogue.BATCH}, T {catalogue.TIME}, H {catalogue.HEADS}, D {catalogue.FEATURES}"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "reports.json"
         chips = ",".join(CHIPS[PLATFORM.value])
@@ -49,7 +50,10 @@ def main(argv: list[str]) -> None:
     out = Path(OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     target = out / f"kernels_{PLATFORM.value}.json"
-    record = {"environment": environment, "shape": f"{shape}, bfloat16", "reports": reports}
+    if KERNEL.value and target.exists():
+        before = json.loads(target.read_text())["reports"]
+        reports = [r for r in before if KERNEL.value not in r["name"]] + reports
+    record = {"environment": environment, "shape": catalogue.SHAPES, "reports": reports}
     target.write_text(json.dumps(record, indent=1) + "\n")
     plots.kernels(record, target.with_suffix(".png"))
     print(f"\n{predictions.table(reports)}\n\nwrote {target} and {target.with_suffix('.png')}")

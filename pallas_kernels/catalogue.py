@@ -1,7 +1,8 @@
 """Our kernels at their reference shape, with what they are allowed to cost.
 
-The reference shape is B 8, T 8192, H 128, D 16, bf16. `python -m pallas_kernels.targets
---chip=h100` compiles every entry of the chip's platform and holds it to its budget.
+The reference shape is B 8, T 8192, H 128, D 16, bf16; of the mLSTM's kernels, H 16, Dk 128, Dv 256.
+`python -m pallas_kernels.targets --chip=h100` compiles every entry of the chip's platform and holds
+it to its budget.
 
 A backend lists its kernels in a function `entries() -> tuple[Entry, ...]` of a module in
 `_MODULES`. For example
@@ -55,6 +56,7 @@ from pallas_kernels.targets import (
 __all__ = ["Budget", "Entry", "Launch", "check", "default_budget", "entries"]
 
 BATCH, TIME, HEADS, FEATURES = 8, 8192, 128, 16
+SHAPES = f"B {BATCH}, T {TIME}, H {HEADS}, D {FEATURES} (mLSTM: H 16, Dk 128, Dv 256), bfloat16"
 
 _MODULES = (
     "pallas_kernels.mlstm.entries_gpu",

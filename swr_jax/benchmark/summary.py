@@ -8,6 +8,7 @@ from swr_jax.benchmark import report
 from swr_jax.benchmark.device import report as device_report
 from swr_jax.benchmark.device import tuning
 
+PREDICTED = ("recurrence", "mlstm")  # sections
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 
 
@@ -48,7 +49,7 @@ def text(name: str, section, record: Mapping) -> str:
         parts.append(report.table(timed, section.references))
     if record["targets"]:
         parts.append(report.targets_table(record["targets"]))
-    if record["suite"] == "device" and name == "recurrence" and (predicted := _predicted(record)):
+    if record["suite"] == "device" and name in PREDICTED and (predicted := _predicted(record)):
         parts.append(predicted)
     parts += [f"left out: {item['case']}: {item['left_out']}" for item in record["left_out"]]
     for m in rows:
@@ -88,5 +89,7 @@ def _predicted(record: Mapping) -> str | None:
         for name in ("kernels_gpu", "tpu_baselines")
     )
     predicted = device_report.predictions(chip, kernels, baselines)
-    rows = list(device_report.compare(predicted, record))
+    groups = {m["group"] for m in record["measurements"]}
+    predicted = [row for row in predicted if row["group"] in groups]
+    rows = list(device_report.compare(predicted, record["measurements"]))
     return device_report.comparison_table(rows) if rows else None

@@ -10,6 +10,8 @@ from pallas_kernels.interpreter import simulated_platform
 
 # GPUs with a tensor memory accelerator: Hopper, and the data-centre Blackwells.
 _WITH_TMA = re.compile(r"\b(G?H(100|200|800|20)|G?B(100|200|300))\b|^simulated$")
+# Those with Hopper's instructions for products of matrices, which its successors do not have.
+_WITH_WGMMA = re.compile(r"\bG?H(100|200|800|20)\b|^simulated$")
 
 
 class Target(NamedTuple):
@@ -34,6 +36,11 @@ def target() -> Target:
     elif isinstance(device, str):
         device = jax.devices(device)[0]
     return Target(device.platform, device.device_kind)
+
+
+def has_wgmma() -> bool:
+    """Whether the present trace is for a GPU with Hopper's products of matrices."""
+    return _WITH_WGMMA.search(target().kind) is not None
 
 
 def _has_tma(target: Target) -> bool:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from swr_jax.ops import mlstm_chunkwise as xla
+from swr_jax.ops.dispatch import has_wgmma, target
 from swr_jax.ops.mlstm_chunkwise import Options, State
 
 Array = jax.Array
@@ -36,6 +37,8 @@ def evaluate(
         return xla.chunkwise(options, q, k, v, log_i, log_f, state)
     if options.dtype != jnp.float32:
         raise NotImplementedError(f"the maths is in {options.dtype}: kernels have float32")
+    if implementation == "mosaic_gpu" and not has_wgmma():
+        raise NotImplementedError(f"{target().kind}: the kernels use Hopper's products of matrices")
     kernel = importlib.import_module(KERNELS[implementation])
     dtype = jnp.result_type(q, k, v)
     h, state = kernel.chunkwise(

@@ -10,6 +10,7 @@ from mlstm_cases import Kind, draw
 from simulation import SIMULATED
 
 from swr_jax import MLSTMState, mlstm
+from swr_jax.ops import dispatch
 from swr_jax.ops import reference_mlstm as ref
 from swr_jax.ops.mlstm_evaluation import KERNELS
 
@@ -71,3 +72,13 @@ def test_a_kernel_is_the_default_and_agrees_with_float64(monkeypatch, name, opti
 def ref_error(actual, expected):
     actual = np.asarray(actual, np.float64)
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "has"),
+    [("NVIDIA H100 80GB HBM3", True), ("NVIDIA GH200 480GB", True), ("NVIDIA B200", False)],
+)
+def test_products_of_hopper_are_not_its_successors(monkeypatch, kind, has):
+    monkeypatch.setattr(dispatch, "target", lambda: dispatch.Target("gpu", kind))
+    assert "mosaic_gpu" in dispatch.candidates(None)
+    assert dispatch.has_wgmma() == has

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from swr_jax.benchmark.device import platform
+from swr_jax.benchmark.predictions import floor
 
 HEADLINE = 8192  # tokens
 WIDTH = 2048  # of the layers that are judged
@@ -115,13 +116,14 @@ PREDICTED_GPU = {
     ("plain", "linear_recurrence"): "swr/plain/exact",
     ("gated", "gated_sliding_window_recurrence"): "swr/gated/window16",
     ("gated", "gated linear_recurrence"): "swr/gated/exact",
+    ("mlstm", "mlstm"): "mlstm/published",
 }
 
 
 def predictions(
     chip: str, kernels: Mapping, baselines: Mapping | None = None
 ) -> list[dict[str, Any]]:
-    """Return what is predicted of the contestants of section `recurrence` on a chip.
+    """Return what is predicted of contestants of the sections `recurrence` and `mlstm` on a chip.
 
     Args:
         chip: a name in `pallas_kernels.targets.CHIPS`.
@@ -142,8 +144,7 @@ def predictions(
                         **{"group": group, "contestant": contestant, "mode": mode},
                         "tokens": HEADLINE,
                         "predicted_seconds": report["seconds"],
-                        "floor_seconds": report["bytes_minimum"]
-                        / report["chip"]["hbm_bytes_per_second"],
+                        "floor_seconds": floor(report),
                     }
                 )
     for row in (baselines or {"predictions": []})["predictions"]:
@@ -159,10 +160,10 @@ def predictions(
     return rows
 
 
-def compare(predicted: Sequence[Mapping], record: Mapping | None) -> Iterator[dict]:
+def compare(predicted: Sequence[Mapping], measurements: Sequence[Mapping]) -> Iterator[dict]:
     """Put measurements beside predictions; "measured_seconds" is None where there is none."""
     measured = {}
-    for m in record["measurements"] if record else ():
+    for m in measurements:
         for name, contestant in m["contestants"].items():
             seconds = contestant["milliseconds"]["median"] / 1e3
             measured[m["group"], name, m["mode"], m["tokens"]] = seconds

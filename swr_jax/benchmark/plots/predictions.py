@@ -15,6 +15,7 @@ def kernels(record: dict, path: Path) -> None:
     reports = record["reports"]
     chips = list(dict.fromkeys(report["chip"]["name"] for report in reports))
     names = list(dict.fromkeys(report["name"] for report in reports))
+    times = [r[f"{key}_seconds"] / floor(r) for r in reports for key in ("memory", "issue")]
     figure, axes = plt.subplots(
         1, len(chips), figsize=(4 + 3.2 * len(chips), 1.8 + 0.42 * len(names)), sharey=True
     )
@@ -31,7 +32,7 @@ def kernels(record: dict, path: Path) -> None:
         bandwidth = reports[[r["chip"]["name"] for r in reports].index(chip)]["chip"]
         axis.set_title(f"{chip}, {bandwidth['hbm_bytes_per_second'] / 1e12:.2f} TB/s")
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_xlim(0, 1.9)
+        axis.set_xlim(0, 1.25 * max(times))
         axis.set_xlabel("times the floor")
         axis.grid(True, axis="x", alpha=0.3)
     first = figure.axes[0]
@@ -43,7 +44,7 @@ def kernels(record: dict, path: Path) -> None:
     labels = (
         "memory: bytes moved",
         "issue: scheduled instructions",
-        "floor: inputs + outputs once",
+        "floor: inputs + outputs once, or products",
     )
     figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=9, frameon=False)
     save(figure, f"Predicted from compiled code, {record['shape']}\n{predicted_by(record)}", path)
