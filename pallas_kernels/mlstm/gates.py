@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.mlstm.stabilized import finite, last_maximum, lower_bound, sum_after
+
 Array = jax.Array
 
 # Rows of `Gates.rows`, by token: of A, as exp((ROW_HIGH_i - COLUMN_HIGH_j) + (ROW_LOW_i -
@@ -34,8 +36,6 @@ D_ROW, D_COLUMN, D_OWN, D_KEPT = range(4)
 
 _PARTS = 2.0**7  # Into how many of them 1 is divided.
 _LONGEST_SUM = 2.0**17  # 2^24 of these parts, as many as float32 counts.
-# exp(-m) goes no lower: a denominator that small is rounding error, and dividing by it an overflow.
-_LOWEST_LOG_FLOOR = -60.0
 
 
 class Gates(NamedTuple):
@@ -85,7 +85,7 @@ def prepare(
     log_f = jnp.where(resets, 0, jnp.maximum(log_f, -_LONGEST_SUM / chunk))
     high, low = (jnp.cumsum(x, axis=-1) for x in _part(log_f))
     before = high + low
-    after = jnp.where(last, _sum_after(log_f), -jnp.inf)
+    after = jnp.where(last, sum_after(log_f), -jnp.inf)
     whole = jnp.where(first[..., -1], before[..., -1], -jnp.inf)
 
     m = jnp.zeros_like(log_i)
@@ -95,18 +95,16 @@ def prepare(
         written = after + log_i
         newest = jnp.max(written, axis=-1)
         ends = _stabilizers(stabilizer, whole, newest)
-        winner = jnp.where((newest >= whole + ends[..., :-1])[..., None], _last_maximum(written), 0)
+        winner = jnp.where((newest >= whole + ends[..., :-1])[..., None], last_maximum(written), 0)
         m = before + within_documents(jnp.maximum, documents, log_i - before)
         m = jnp.maximum(m, jnp.where(first, before + ends[..., :-1, None], -jnp.inf))
-        m = jnp.round(_finite(m) * _PARTS) / _PARTS
-    start, end = ends[..., :-1], _finite(ends[..., 1:])
+        m = jnp.round(finite(m) * _PARTS) / _PARTS
+    start, end = ends[..., :-1], finite(ends[..., 1:])
 
     i_high, i_low = _part(log_i)
     recall = jnp.exp(jnp.where(first, before + (start[..., None] - m), -jnp.inf))
     kept = jnp.exp(after + (log_i - end[..., None]))
-    floor = q_dim**0.5 * (
-        jnp.exp(jnp.maximum(-m, _LOWEST_LOG_FLOOR)) if normalized else jnp.ones_like(m)
-    )
+    floor = q_dim**0.5 * (lower_bound(m) if normalized else jnp.ones_like(m))
     rows = [high - m, low, high - i_high, low - i_low, documents.astype(m.dtype)]
     return Gates(
         jnp.stack([*rows, recall, kept, floor], axis=-2),
@@ -173,24 +171,6 @@ def _part(x: Array) -> tuple[Array, Array]:
     shown = jnp.where(jnp.abs(x) < 2.0**23, x, 0)
     high = jnp.round(shown * _PARTS) / _PARTS
     return jnp.where(shown == x, high, x), shown - high
-
-
-def _sum_after(x: Array) -> Array:
-    """Sum over the tokens after each; not a difference, which would round what is left."""
-    since = lax.cumsum(x[..., 1:], axis=x.ndim - 1, reverse=True)
-    return jnp.concatenate([since, jnp.zeros_like(x[..., :1])], axis=-1)
-
-
-def _last_maximum(x: Array) -> Array:
-    """One-hot of the last maximum along the last axis."""
-    length = x.shape[-1]
-    index = length - 1 - jnp.argmax(x[..., ::-1], axis=-1)
-    return jax.nn.one_hot(index, length, dtype=x.dtype)
-
-
-def _finite(m: Array) -> Array:
-    """Stabilizer to subtract: 0 instead of the -inf of a sequence that has not begun."""
-    return jnp.where(jnp.isneginf(m), 0, m)
 
 
 def _cut(x: Array, chunk: int, fill: float) -> Array:

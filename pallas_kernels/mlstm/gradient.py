@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.distribution import distributed
 from pallas_kernels.mlstm.gates import gradient, prepare
+from pallas_kernels.mlstm.stabilized import inner
 
 Array = jax.Array
 # C [B, H, Dk, Dv], n [B, H, Dk], m [B, H]: what they stand for is e^m C and e^m n.
@@ -101,13 +102,13 @@ def differentiable(forward: Callable, backward: Callable, *, automatic: bool) ->
         # factor of the returned state, e^-m, it has a derivative, and as what is returned.
         dm = jnp.zeros_like(state[2])
         if final is not None:
-            dm = dstate[2] - _inner(dstate, final)
+            dm = dstate[2] - inner(dstate, final)
         pass_ = functools.partial(run_backward, options)
         given = (*arrays, *state, dh, *dstate[:2], dm)
         axes = (*_ARGUMENTS, "bthd", *_STATE)
         *gradients, dmemory, dnormalizer, dm = run(pass_, given, axes, _ARGUMENTS)
         dstate = (dmemory, dnormalizer, dm)
-        return *gradients, (dmemory, dnormalizer, dm + _inner(dstate, state))
+        return *gradients, (dmemory, dnormalizer, dm + inner(dstate, state))
 
     solve.defvjp(solve_forward, solve_backward)
     return solve
@@ -184,8 +185,3 @@ def _prepare(options, q, log_i, log_f, stabilizer):
 def _pad(x: Array, chunk: int) -> Array:
     pad = -x.shape[1] % chunk
     return jnp.pad(x, [(0, 0), (0, pad), (0, 0), (0, 0)]) if pad else x
-
-
-def _inner(x: State, y: State) -> Array:
-    """<C_x, C_y> + <n_x, n_y>, [B, H]."""
-    return jnp.sum(x[0] * y[0], axis=(-2, -1)) + jnp.sum(x[1] * y[1], axis=-1)

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.mlstm.stabilized import finite, lower_bound
 from swr_jax.ops import mlstm_state as validation
 from swr_jax.ops.dispatch import by_first_able, candidates
-from swr_jax.ops.mlstm_chunkwise import Options, State, lower_bound
+from swr_jax.ops.mlstm_chunkwise import Options, State
 from swr_jax.ops.mlstm_evaluation import evaluate
 from swr_jax.ops.mlstm_sharded import over_mesh
 from swr_jax.ops.mlstm_state import MLSTMState
@@ -155,7 +156,7 @@ def mlstm_step(
     if input_gate == "exp":
         m = jnp.where(log_i >= kept, log_i, kept)
     # h does not depend on m: a constant in it, it can make no 0 * inf of a gradient.
-    constant = lax.stop_gradient(jnp.where(jnp.isneginf(m), 0, m))
+    constant = lax.stop_gradient(finite(m))
     exponent = log_f + (before - constant)
     # Above 0 only by the rounding of enormous gates, which a plain minimum would differentiate.
     forget = jnp.exp(exponent - lax.stop_gradient(jnp.maximum(exponent, 0)))
@@ -172,7 +173,7 @@ def mlstm_step(
         h = h / jnp.where(denominator > floor, denominator, floor)[..., None]
 
     # As a factor of the returned state, 1, m has its derivative again.
-    unit = jnp.exp(constant - jnp.where(jnp.isneginf(m), 0, m))
+    unit = jnp.exp(constant - finite(m))
     after = MLSTMState(
         (unit[..., None, None] * memory).astype(state.memory.dtype),
         (unit[..., None] * normalizer).astype(state.normalizer.dtype),

@@ -27,6 +27,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.mlstm.stabilized import finite, inner, last_maximum, lower_bound, sum_after
+
 Array = jax.Array
 
 # Full float32 products where a device would otherwise round the factors.
@@ -34,9 +36,6 @@ _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 # Sums of log f are gathered in two levels from this many tokens on.
 _ROWS = 16
-
-# exp(-m) goes no lower: a denominator that small is rounding error, and dividing by it an overflow.
-_LOWEST_LOG_FLOOR = -60.0
 
 
 class Options(NamedTuple):
@@ -124,7 +123,7 @@ def _backward(options, arguments, cotangents):
 
     final, before = lax.scan(states, state, chunks)
     if options.stabilized:
-        dstate = dstate._replace(stabilizer=dstate.stabilizer - _inner(dstate, final))
+        dstate = dstate._replace(stabilizer=dstate.stabilizer - inner(dstate, final))
     else:
         dstate = dstate._replace(stabilizer=jnp.zeros_like(final.stabilizer))
 
@@ -135,17 +134,12 @@ def _backward(options, arguments, cotangents):
         return dstate, jax.tree.map(lambda d, x: d.astype(x.dtype), gradient, chunk)
 
     dstate, gradients = lax.scan(body, dstate, (chunks, before, dh), reverse=True)
-    dstate = dstate._replace(stabilizer=dstate.stabilizer + _inner(dstate, state))
+    dstate = dstate._replace(stabilizer=dstate.stabilizer + inner(dstate, state))
     time = arrays[0].shape[1]
     return (*(_join(x, time) for x in gradients), dstate)
 
 
 chunkwise.defvjp(_forward, _backward)
-
-
-def lower_bound(m: Array) -> Array:
-    """Return what |d| is divided by at least, exp(-m)."""
-    return jnp.exp(jnp.maximum(-m, _LOWEST_LOG_FLOOR))
 
 
 # --- one chunk --------------------------------------------------------------------------------
@@ -173,10 +167,7 @@ class _Decays(NamedTuple):
 
 
 def _decays(log_f: Array) -> _Decays:
-    # Shifted, not sum minus own term: a difference would round what is left, and its transpose.
-    since = lax.cumsum(log_f[..., 1:], axis=log_f.ndim - 1, reverse=True)
-    after = jnp.concatenate([since, jnp.zeros_like(log_f[..., :1])], axis=-1)
-    return _Decays(span_sums(log_f), jnp.cumsum(log_f, axis=-1), after)
+    return _Decays(span_sums(log_f), jnp.cumsum(log_f, axis=-1), sum_after(log_f))
 
 
 def _read(options: Options, chunk: _Chunk, state: State) -> _Rows:
@@ -191,7 +182,7 @@ def _read(options: Options, chunk: _Chunk, state: State) -> _Rows:
     m = jnp.zeros_like(chunk.log_i)
     if options.stabilized:
         newest = jnp.max(between + chunk.log_i[..., None, :], axis=-1)
-        m = _finite(jnp.maximum(before + state.stabilizer[..., None], newest))
+        m = finite(jnp.maximum(before + state.stabilizer[..., None], newest))
     a = _exp(between + (chunk.log_i[..., None, :] - m[..., :, None]))
     g = _exp(before + (state.stabilizer[..., None] - m))[..., None]
 
@@ -230,11 +221,8 @@ def _advance(options: Options, chunk: _Chunk, state: State) -> tuple[State, _Upd
         written, kept = after + chunk.log_i, whole + state.stabilizer
         newest = jnp.max(written, axis=-1)
         m = jnp.maximum(kept, newest)
-        safe = _finite(m)
-        length = written.shape[-1]
-        index = length - 1 - jnp.argmax(written[..., ::-1], axis=-1)
-        winner = jax.nn.one_hot(index, length, dtype=written.dtype)
-        winner = jnp.where((newest >= kept)[..., None], winner, 0)
+        safe = finite(m)
+        winner = jnp.where((newest >= kept)[..., None], last_maximum(written), 0)
     a = _exp(after + (chunk.log_i - safe[..., None]))[..., None]
     c = _exp(whole + (state.stabilizer - safe))
 
@@ -290,7 +278,7 @@ def _chunk_gradient(
     dlog_i = jnp.sum(written * k, axis=-1) + update.winner * dstate.stabilizer[..., None]
     inherited = jnp.sum(update.winner, axis=-1) == 0
     dm = jnp.where(inherited, dstate.stabilizer, 0)
-    dlog_c = _weigh(update.c, _inner(dstate, state)) + dm
+    dlog_c = _weigh(update.c, inner(dstate, state)) + dm
 
     _, pull = jax.vjp(_decays, _split_log(chunk.log_f)[0])
     is_last = jnp.arange(dlog_g.shape[-1]) == dlog_g.shape[-1] - 1
@@ -350,17 +338,6 @@ def _exp(x: Array) -> Array:
 def _weigh(weight: Array, x: Array) -> Array:
     """weight * x, where a weight of 0 makes 0 even of an x that overflowed."""
     return jnp.where(weight == 0, 0, weight * x)
-
-
-def _finite(m: Array) -> Array:
-    """Stabilizer to subtract: 0 instead of the -inf of a sequence that has not begun."""
-    return jnp.where(jnp.isneginf(m), 0, m)
-
-
-def _inner(x: State, y: State) -> Array:
-    """<C_x, C_y> + <n_x, n_y>, [B, H]."""
-    memory = jnp.sum(x.memory * y.memory, axis=(-2, -1))
-    return memory + jnp.sum(x.normalizer * y.normalizer, axis=-1)
 
 
 def _widen(options: Options, chunk: _Chunk) -> _Chunk:

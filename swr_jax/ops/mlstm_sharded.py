@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.mlstm.stabilized import finite, sum_after
 from swr_jax.ops.mlstm_chunkwise import Options, State
 from swr_jax.ops.sharded import SEQUENCE_AXIS, Split
 
@@ -72,13 +73,12 @@ def _before(options: Options, k: Array, v: Array, log_i: Array, log_f: Array, pa
     left = (jnp.arange(parts) < index)[:, None, None]
     decays, m = everyone[..., -2], lax.stop_gradient(everyone[..., -1])
     # From each device to this one, that of its own tokens not included.
-    between = lax.cumsum(jnp.where(left, decays, 0), axis=0, reverse=True)
-    between = jnp.concatenate([between[1:], jnp.zeros_like(between[:1])])
+    between = sum_after(jnp.where(left, decays, 0), axis=0)
     weight = jnp.where(left, between + m, -jnp.inf)
     latest = jnp.zeros_like(m[0])
     if options.stabilized:
         latest = lax.stop_gradient(jnp.max(weight, axis=0))
-    weight = jnp.exp(weight - jnp.where(jnp.isneginf(latest), 0, latest))
+    weight = jnp.exp(weight - finite(latest))
     state = jnp.einsum("pbh,pbhx->bhx", weight, everyone[..., :-2], precision="highest")
     size = memory.shape[-2] * memory.shape[-1]
     return State(state[..., :size].reshape(memory.shape), state[..., size:], latest)
@@ -90,16 +90,15 @@ def _sum_up(
     """Return log of the product of all forget gates, and the state that these tokens make alone."""
     reset = jnp.isneginf(log_f)
     resets_after = jnp.flip(jnp.cumsum(jnp.flip(reset, 1), axis=1), 1) - reset
-    finite = jnp.where(reset, 0, log_f)
-    after = lax.cumsum(finite[:, 1:], axis=1, reverse=True)
-    after = jnp.concatenate([after, jnp.zeros_like(finite[:, :1])], axis=1)
-    decay = jnp.where(jnp.any(reset, axis=1), -jnp.inf, after[:, 0] + finite[:, 0])
+    gates = jnp.where(reset, 0, log_f)
+    after = sum_after(gates, axis=1)
+    decay = jnp.where(jnp.any(reset, axis=1), -jnp.inf, after[:, 0] + gates[:, 0])
 
     weight = jnp.where(resets_after == 0, after + log_i, -jnp.inf)
     m = jnp.zeros_like(decay)
     if options.stabilized:
         m = lax.stop_gradient(jnp.max(weight, axis=1))
-    weight = jnp.exp(weight - jnp.where(jnp.isneginf(m), 0, m)[:, None])
+    weight = jnp.exp(weight - finite(m)[:, None])
     keys = weight[..., None] * k.astype(options.dtype)
     memory = jnp.einsum("bthk,bthv->bhkv", keys, v.astype(options.dtype), precision="highest")
     return decay, State(memory, jnp.sum(keys, axis=1), m)
