@@ -88,14 +88,11 @@ def mlstm(
     """
     validation.check_options(chunk_size, input_gate, normalize)
     validation.check_inputs(q, k, v, i, f, segment_ids)
-    if initial_state is None:
-        state = _empty_state(q, v)
-    else:
+    if initial_state is not None:
         validation.check_state("initial_state", initial_state, q, v)
-        state = initial_state
     dtype = functools.reduce(
         jnp.promote_types,
-        (x.dtype for x in (q, k, v, i, f, *jax.tree.leaves(state))),
+        (x.dtype for x in (q, k, v, i, f, *jax.tree.leaves(initial_state))),
         jnp.dtype(jnp.float32),
     )
     log_i, log_f = _log_gates(i, f, input_gate, dtype)
@@ -108,9 +105,13 @@ def mlstm(
         arguments = _varying_alike(*arguments)
         return by_first_able(names, lambda name: evaluate(name, options, *arguments))
 
+    def empty(q, v):
+        return State(*_enter(_empty_state(q, v), input_gate, dtype))
+
     if initial_state is None and not return_state and (split := split_of(*q.shape[:3])):
-        return over_mesh(evaluated, options, split, q, k, v, log_i, log_f)
-    start = State(*_enter(state, input_gate, dtype))
+        return over_mesh(evaluated, empty, options, split, q, k, v, log_i, log_f)
+    given = initial_state is not None
+    start = State(*_enter(initial_state, input_gate, dtype)) if given else empty(q, v)
     h, last = evaluated(q, k, v, log_i, log_f, start)
     return (h, MLSTMState(*last)) if return_state else h
 

@@ -22,6 +22,7 @@ Chunkwise = Callable[[Array, Array, Array, Array, Array, State], tuple[Array, St
 
 def over_mesh(
     chunkwise: Chunkwise,
+    empty: Callable[[Array, Array], State],
     options: Options,
     split: Split,
     q: Array,
@@ -34,6 +35,7 @@ def over_mesh(
 
     Args:
         chunkwise: the mLSTM of one device.
+        empty: takes q and v to the state of a sequence that has not begun.
         options: what it computes.
         split: from `sharded.split_of`, not None.
         q, k, v, log_i, log_f: as `mlstm_chunkwise.chunkwise` takes them, resets in log_f.
@@ -43,20 +45,11 @@ def over_mesh(
         if split.sequence > 1:
             state = _before(options, *arrays[1:], split.sequence)
         else:
-            state = _empty(*arrays[1:3], log_i.dtype, options)
+            state = empty(arrays[0], arrays[2])
         return chunkwise(*arrays, state)[0]
 
     return jax.shard_map(part, mesh=split.mesh, in_specs=(split.spec,) * 5, out_specs=split.spec)(
         q, k, v, log_i, log_f
-    )
-
-
-def _empty(k: Array, v: Array, dtype: jnp.dtype, options: Options) -> State:
-    (batch, _, heads, k_dim), v_dim = k.shape, v.shape[-1]
-    return State(
-        jnp.zeros((batch, heads, k_dim, v_dim), dtype),
-        jnp.zeros((batch, heads, k_dim), dtype),
-        jnp.full((batch, heads), -jnp.inf if options.stabilized else 0, dtype),
     )
 
 

@@ -74,20 +74,16 @@ def test_a_kernel_counts_what_its_author_says():
 
 
 @pytest.mark.parametrize(("window", "blocks"), [(None, 10), (128, 8)])
-def test_attention_kernels_count_the_blocks_that_they_visit(window, blocks):
+def test_attention_kernels_count_the_blocks_that_they_visit(monkeypatch, window, blocks):
     """Tiles of 128: 4 x 4 of which a triangle is seen, or two for each row of a window."""
     q = jax.ShapeDtypeStruct((3, 512, 2, 128), jnp.bfloat16)
 
     def attend(q, k, v):
         return attention_splash.attend(q, k, v, window, None, None)
 
-    attention_splash_tile = attention_splash._LARGEST_TILE
-    try:
-        attention_splash._LARGEST_TILE = 128
-        forward = cost(attend, q, q, q)
-        both = cost(lambda *x: jax.vjp(attend, *x)[1](x[0]), q, q, q)
-    finally:
-        attention_splash._LARGEST_TILE = attention_splash_tile
+    monkeypatch.setattr(attention_splash, "_LARGEST_TILE", 128)
+    forward = cost(attend, q, q, q)
+    both = cost(lambda *x: jax.vjp(attend, *x)[1](x[0]), q, q, q)
     one = 3 * 2 * blocks * 4 * 128 * 128 * 128
     assert forward.flops == one
     assert both.flops == pytest.approx(3.5 * one, rel=1e-3)  # and the normalizer's gradient
