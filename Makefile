@@ -71,7 +71,7 @@ report:
 	.venv-targets/bin/python experiments/kernel_report.py --platform=gpu $(ARGS)
 	.venv-targets/bin/python experiments/kernel_report.py --platform=tpu $(ARGS)
 	.venv-targets/bin/python experiments/tpu_baselines.py $(ARGS)
-	.venv-targets/bin/python experiments/mlstm_tpu_baselines.py $(ARGS)
+	.venv-targets/bin/python experiments/tpu_baselines.py --operator=mlstm $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV_PYTHON) -m ruff check .
