@@ -1,16 +1,20 @@
 """Checkpoints from which a run goes on as if it had never stopped."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from swr_jax.nn.language_model import LanguageModel
 from swr_jax.train.config import TrainConfig, from_dict, to_dict
+from swr_jax.train.fingerprint import fingerprint_of_json, fingerprints
 from swr_jax.train.state import TrainState
 
 FOLDER = "checkpoints"  # of a run's folder
@@ -24,6 +28,10 @@ _OF_NO_EFFECT = (
 )
 
 
+class CorruptCheckpointError(ValueError):
+    """A checkpoint cannot be read, or does not hold what was saved."""
+
+
 class Checkpointer:
     """Saves and restores training states in the folder `checkpoints` of `workdir`, one per step.
 
@@ -31,6 +39,7 @@ class Checkpointer:
     `data`, the place in the training data; `config`, the run's configuration. The place is that of
     all processes together, so a run may go on with more of them or fewer: none of its documents is
     repeated or left out.
+    With them are kept the fingerprints of all, so that damage on the disk does not go unseen.
     Saving is asynchronous, and a checkpoint whose writing was cut off is never taken for a whole
     one. Use it as a context manager: leaving it waits for the last write.
     """
@@ -69,14 +78,20 @@ class Checkpointer:
         """Starts to write a checkpoint of `step`; returns once `state` may be overwritten."""
         if step == self.latest_step():
             return
-        run = {"config": to_dict(config)}
+        optimizer, data, run = _optimizer_item(state), data_iterator.get_state(), to_dict(config)
+        saved = {
+            "params": fingerprints(state.params),
+            "optimizer": fingerprints(optimizer),
+            "data": fingerprint_of_json(data),
+            "config": fingerprint_of_json(run),
+        }
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave(_optimizer_item(state)),
-                data=ocp.args.JsonSave(data_iterator.get_state()),
-                config=ocp.args.JsonSave(run),
+                optimizer=ocp.args.StandardSave(optimizer),
+                data=ocp.args.JsonSave(data),
+                config=ocp.args.JsonSave({"config": run, "fingerprints": saved}),
             ),
         )
 
@@ -93,23 +108,22 @@ class Checkpointer:
     ) -> TrainState:
         """The state of `step` in the shardings of `abstract_state`; moves `data_iterator` there.
 
-        Raises ValueError if the checkpoint's model or data differ from `config`'s.
+        Raises:
+            CorruptCheckpointError: the checkpoint cannot be read, or has changed since it was made.
+            ValueError: its model or its data differ from `config`'s.
         """
-        run = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
-        run = run["config"]
-        # What was saved before an option existed had its default.
-        saved = from_dict(TrainConfig, run["config"])
+        saved, expected = _read_config(self._manager, step)
         for part in ("model", "data"):
             was, now = (to_dict(getattr(either, part)) for either in (saved, config))
             _check_same(self.directory, part, was, now)
         item = _optimizer_item(abstract_state)
-        restored = self._manager.restore(
+        restored = _read(
+            self._manager,
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract_state.params),
-                optimizer=ocp.args.StandardRestore(item),
-                data=ocp.args.JsonRestore(),
-            ),
+            expected,
+            params=ocp.args.StandardRestore(abstract_state.params),
+            optimizer=ocp.args.StandardRestore(item),
+            data=ocp.args.JsonRestore(),
         )
         data_iterator.set_state(restored["data"])
         optimizer = restored["optimizer"]
@@ -119,6 +133,130 @@ class Checkpointer:
             opt_state=optimizer["opt_state"],
             rng=optimizer["rng"],
         )
+
+    def restore_newest(
+        self,
+        abstract_state: TrainState,
+        data_iterator: grain.DatasetIterator,
+        config: TrainConfig,
+    ) -> tuple[int, TrainState, list[CorruptCheckpointError]]:
+        """Step and state of the newest whole checkpoint, and what was wrong with newer ones.
+
+        Those newer ones are set aside, as STEP.corrupt: the run will come to their steps again.
+        Arguments as for `restore`.
+
+        Raises:
+            CorruptCheckpointError: there are checkpoints, and none of them is whole.
+            FileNotFoundError: there is no checkpoint.
+            ValueError: as `restore`.
+        """
+        errors: list[CorruptCheckpointError] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            error, state = None, None
+            try:
+                state = self.restore(step, abstract_state, data_iterator, config)
+            except CorruptCheckpointError as found:
+                error = found
+            if _in_any_process(error is not None):
+                errors.append(error or _corrupt(self.directory / str(step), "another process says"))
+                continue
+            for _ in errors:
+                self._set_aside(self.latest_step())
+            return step, state, errors
+        if not errors:
+            raise FileNotFoundError(f"{self.directory} holds no finished checkpoint")
+        raise CorruptCheckpointError(
+            f"none of the checkpoints in {self.directory} is whole: "
+            + "; ".join(map(str, errors))
+            + ". Restore the folder from a copy, or begin anew in another --workdir"
+        )
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            path = self.directory / str(step)
+            taken = len(list(self.directory.glob(f"{step}.corrupt*")))
+            path.rename(path.with_name(f"{step}.corrupt" + (f".{taken}" if taken else "")))
+        multihost_utils.sync_global_devices(f"set aside the checkpoint of step {step}")
+        self._manager.reload()
+
+
+def _in_any_process(here: bool) -> bool:
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(here))))
+
+
+def _corrupt(path: Path, what: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(f"checkpoint {path} is not whole: {what}")
+
+
+def _damage(path: Path, error: Exception) -> CorruptCheckpointError:
+    """What to raise for `error`, which reading ended in.
+
+    It may be of any class: what damaged files make of JSON, of the metadata of arrays and of their
+    contents has no class in common, and orbax raises `Exception` itself.
+    """
+    message = str(error).partition("\n")[0]
+    return _corrupt(path, f"{type(error).__name__}: {message[:200]}")
+
+
+def _read_config(manager: ocp.CheckpointManager, step: int) -> tuple[TrainConfig, dict[str, Any]]:
+    """The configuration that a checkpoint was made with, and the fingerprints of its items.
+
+    What was saved before an option existed had its default; what was saved before there were
+    fingerprints has none.
+    """
+    path = Path(manager.directory) / str(step)
+    try:
+        run = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
+        values = run["config"]["config"]
+        expected = run["config"].get("fingerprints", {})
+        if expected and fingerprint_of_json(values) != expected["config"]:
+            raise _corrupt(path, "its configuration is not what was saved")
+    except CorruptCheckpointError:
+        raise
+    except Exception as error:
+        raise _damage(path, error) from error
+    return from_dict(TrainConfig, values), expected
+
+
+def _read(
+    manager: ocp.CheckpointManager,
+    step: int,
+    expected: Mapping[str, Any],
+    **items: Any,
+) -> Mapping[str, Any]:
+    """Items of a checkpoint, each in the shardings asked for and with the fingerprint it must have.
+
+    Raises:
+        CorruptCheckpointError: one cannot be read, or holds other values than were saved.
+    """
+    path = Path(manager.directory) / str(step)
+    try:
+        restored = manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as error:
+        raise _damage(path, error) from error
+    for name, asked in items.items():
+        value = restored[name]
+        if isinstance(asked, ocp.args.JsonRestore):
+            found, before = {name: fingerprint_of_json(value)}, {name: expected.get(name)}
+        else:
+            _check_placed(path, value, asked.item)
+            found, before = fingerprints(value), expected.get(name)
+        if name in expected and found != before:
+            other = sorted(k for k in set(found) | set(before) if found.get(k) != before.get(k))
+            raise _corrupt(path, f"{', '.join(other)} of {name} is not what was saved")
+    return restored
+
+
+def _check_placed(path: Path, restored: Any, asked: Any) -> None:
+    """Raises if an array is not where it was asked to be: a copy on every device, say."""
+
+    def check(array: jax.Array, wanted: jax.ShapeDtypeStruct) -> None:
+        if not array.sharding.is_equivalent_to(wanted.sharding, array.ndim):
+            raise RuntimeError(
+                f"checkpoint {path} was restored as {array.sharding} instead of {wanted.sharding}"
+            )
+
+    jax.tree.map(check, restored, asked)
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
@@ -144,10 +282,13 @@ def _check_same(directory: Path, part: str, saved: Any, given: Any) -> None:
 def load_model(directory: Path) -> tuple[LanguageModel, TrainConfig, int]:
     """The model of the newest checkpoint on the default device, its configuration and its step.
 
+    Where that checkpoint is damaged, the newest that is whole, with a warning of what is wrong.
+
     Args:
         directory: the `checkpoints` folder of a run, or the run's folder that holds it.
 
     Raises:
+        CorruptCheckpointError: none of the checkpoints is whole.
         FileNotFoundError: there is no checkpoint in `directory`.
     """
     directory = Path(directory).absolute()
@@ -161,22 +302,32 @@ def load_model(directory: Path) -> tuple[LanguageModel, TrainConfig, int]:
     with ocp.CheckpointManager(
         directory, options=ocp.CheckpointManagerOptions(read_only=True)
     ) as manager:
-        step = manager.latest_step()
-        if step is None:
+        steps = sorted(manager.all_steps(), reverse=True)
+        if not steps:
             raise FileNotFoundError(
                 f"{directory} holds no finished checkpoint: name the folder of a training run "
                 "(its --workdir) that has saved at least one"
             )
-        run = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
-        config = from_dict(TrainConfig, run["config"]["config"])
-        abstract = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
-        graphdef, variables = nnx.split(abstract, nnx.Param)
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-            nnx.to_pure_dict(variables),
-        )
-        restored = manager.restore(
-            step, args=ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
-        )
-    return nnx.merge(graphdef, restored["params"]), config, step
+        errors = []
+        for step in steps:
+            try:
+                return *_load_model(manager, step), step
+            except CorruptCheckpointError as error:
+                errors.append(str(error))
+                warnings.warn(f"{error}; trying the one before it", stacklevel=2)
+    raise CorruptCheckpointError(
+        f"none of the checkpoints in {directory} is whole: {'; '.join(errors)}"
+    )
+
+
+def _load_model(manager: ocp.CheckpointManager, step: int) -> tuple[LanguageModel, TrainConfig]:
+    config, expected = _read_config(manager, step)
+    abstract = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
+    graphdef, variables = nnx.split(abstract, nnx.Param)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        nnx.to_pure_dict(variables),
+    )
+    restored = _read(manager, step, expected, params=ocp.args.StandardRestore(shapes))
+    return nnx.merge(graphdef, restored["params"]), config

@@ -134,7 +134,9 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
         checkpoints = stack.enter_context(Checkpointer(workdir, keep=config.keep_checkpoints))
         start = checkpoints.latest_step() or 0
         if start:
-            state = checkpoints.restore(start, blueprint.abstract, batches, config)
+            start, state, damaged = checkpoints.restore_newest(blueprint.abstract, batches, config)
+            for error in damaged:
+                say(f"set aside as .corrupt: {error}")
             say(f"resumed from the checkpoint of step {start}")
             if start >= config.steps:
                 say(f"nothing left to train: steps={config.steps}; raise it, or begin elsewhere")
