@@ -16,24 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from swr_jax.generate.sampling import GREEDY, SamplingArrays
+from swr_jax.generate.streams import (
+    SHORTEST_CHUNK,
+    Progress,
+    check_chunk,
+    decode,
+    ignore,
+    new_streams,
+    read_prompts,
+    room,
+)
 from swr_jax.nn.language_model import LanguageModel
 
-# What is left of a prompt after its whole chunks is read in pieces, each size this many times
-# smaller than the one before, down to single tokens: few compiled sizes serve any length.
-_FINER = 8
-# The shortest chunk.
-_SHORTEST = 16
 # Tokens decoded between two looks at whether all answers have ended.
 _DECODED = 16
-# The shortest stream that full attention makes room for; longer ones take powers of two.
-_SHORTEST_CACHE = 256
-
-
-Progress = Callable[[int], object]
-
-
-def ignore(_: int) -> None:
-    """Progress that nobody watches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +62,7 @@ class Streamer:
     """
 
     def __init__(self, model: LanguageModel, *, chunk_size: int = 512, batch_size: int = 8):
-        if chunk_size < _SHORTEST or chunk_size & (chunk_size - 1):
-            raise ValueError(
-                f"chunk_size={chunk_size}; it must be a power of two of at least {_SHORTEST}"
-            )
+        check_chunk(chunk_size)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}; it must be at least 1")
         self.model = model
@@ -163,27 +157,16 @@ class Streamer:
 
     def _generate_batch(self, prompts, width, max_tokens, is_over, progress) -> list[list[int]]:
         chunks = -(-max_tokens // _DECODED)
-        state = self._init_state(width, max(map(len, prompts)) + chunks * _DECODED)
-        # Rows without a prompt never become active.
-        lengths = np.zeros(width, np.int64)
-        lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-        position = np.zeros_like(lengths)
-        logits = jnp.zeros((width, self.model.config.vocab_size), jnp.float32)
-        size = self.chunk_size
-        while size:
-            while (active := lengths - position >= size).any():
-                tokens = np.zeros((width, size), np.int32)
-                for row in np.flatnonzero(active):
-                    tokens[row] = prompts[row][position[row] : position[row] + size]
-                logits, state = _read_step(
-                    self._graphdef, self._params, logits, state, tokens, active
-                )
-                position += size * active
-                progress(int(size * active.sum()))
-            size = max(size // _FINER, 1) if size > 1 else 0
+        longest = max(map(len, prompts)) + chunks * _DECODED
+        model = (self._graphdef, self._params)
+        streams = new_streams(self.model, width, max_length=room(longest))
+        streams = read_prompts(
+            *model, streams, prompts, chunk_size=self.chunk_size, progress=progress
+        )
+        greedy = SamplingArrays.of([GREEDY] * width)
         answers: list[list[int]] = [[] for _ in prompts]
         for _ in range(chunks):
-            tokens, logits, state = _decode_steps(self._graphdef, self._params, logits, state)
+            tokens, streams = decode(*model, streams, greedy, steps=_DECODED)
             for answer, ids in zip(answers, np.asarray(tokens).T.tolist(), strict=False):
                 answer.extend(ids)
             if is_over is not None and all(map(is_over, answers)):
@@ -194,12 +177,11 @@ class Streamer:
         """Chunks that cover `length` tokens: whole ones, and a power of two for the rest."""
         sizes = [self.chunk_size] * (length // self.chunk_size)
         if rest := length % self.chunk_size:
-            sizes.append(max(_SHORTEST, 1 << (rest - 1).bit_length()))
+            sizes.append(max(SHORTEST_CHUNK, 1 << (rest - 1).bit_length()))
         return sizes
 
     def _init_state(self, width: int, length: int) -> Any:
-        room = max(_SHORTEST_CACHE, 1 << (length - 1).bit_length())
-        return self.model.init_state(width, max_length=room)
+        return self.model.init_state(width, max_length=room(length))
 
     def _score_program(self, width: int, size: int, length: int) -> jax.stages.Compiled:
         """Compile `_score_step` for chunks of `size` tokens, unless that has been done."""
@@ -243,46 +225,6 @@ def _score_step(
     return state, log_probs, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames=("logits", "state"))
-def _read_step(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
-    logits: jax.Array,
-    state: Any,
-    tokens: jax.Array,
-    active: jax.Array,
-) -> tuple[jax.Array, Any]:
-    """Read tokens [B, C] in the rows that are active [B]; nothing changes in the others.
-
-    `logits` [B, V] are those of the token that follows.
-    """
-    model = nnx.merge(graphdef, params)
-    hidden, read = model.hidden(tokens, state=state)
-    new = model.logits(hidden[:, -1:])[:, 0]
-
-    def choose(new: jax.Array, old: jax.Array) -> jax.Array:  # [periods, B, ...]
-        return jnp.where(active.reshape(-1, *(1,) * (new.ndim - 2)), new, old)
-
-    return jnp.where(active[:, None], new, logits), jax.tree.map(choose, read, state)
-
-
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames=("logits", "state"))
-def _decode_steps(
-    graphdef: nnx.GraphDef, params: nnx.State, logits: jax.Array, state: Any
-) -> tuple[jax.Array, jax.Array, Any]:
-    """The likeliest tokens [_DECODED, B], one after the other, beginning with logits [B, V]."""
-    model = nnx.merge(graphdef, params)
-
-    def step(carry, _):
-        logits, state = carry
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits, state = model(token[:, None], state=state)
-        return (logits[:, 0], state), token
-
-    (logits, state), tokens = jax.lax.scan(step, (logits, state), length=_DECODED)
-    return tokens, logits, state
-
-
 def bounded_attention(model: LanguageModel, window: int) -> LanguageModel:
     """Let the full attention of a model see the last `window` tokens only.
 
@@ -290,7 +232,8 @@ def bounded_attention(model: LanguageModel, window: int) -> LanguageModel:
     query meets a key farther away than the window.
 
     Raises:
-        ValueError: a window below 1, or the model has windows of another size.
+        ValueError: a window below 1, or the model has windows of another size, or of other
+            positions than its full attention.
     """
     config = model.config
     if "swa" in config.pattern and config.window != window:
@@ -298,7 +241,13 @@ def bounded_attention(model: LanguageModel, window: int) -> LanguageModel:
             f"window={window}; the model's own windowed attention has {config.window}, and all of "
             "its windows are alike: it must be that"
         )
+    if {"swa", "attention"} <= {*config.pattern} and config.rope_local_base is not None:
+        raise ValueError(
+            f"rope_local_base={config.rope_local_base}; the model's windowed attention has other "
+            "positions than its full attention, which cannot be bounded then"
+        )
     pattern = tuple("swa" if name == "attention" else name for name in config.pattern)
-    bounded = dataclasses.replace(config, pattern=pattern, window=window)
+    options = {} if "swa" in config.pattern else {"rope_local_base": None}
+    bounded = dataclasses.replace(config, pattern=pattern, window=window, **options)
     abstract = nnx.eval_shape(lambda: LanguageModel(bounded, rngs=nnx.Rngs(0)))
     return nnx.merge(nnx.split(abstract)[0], nnx.state(model))

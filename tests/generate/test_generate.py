@@ -113,7 +113,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> list:
         prompts.append(prompt)
         return iter(ids)
 
-    monkeypatch.setattr("swr_jax.generate.generate_tokens", fake)
+    monkeypatch.setattr("swr_jax.generate.text.generate_tokens", fake)
     return prompts
 
 
