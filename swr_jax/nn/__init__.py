@@ -7,6 +7,7 @@ from swr_jax.nn.gated_delta import GatedDeltaNet
 from swr_jax.nn.language_model import LanguageModel, LanguageModelConfig, num_parameters
 from swr_jax.nn.mlstm import MLSTM
 from swr_jax.nn.phalanx import Phalanx
+from swr_jax.nn.rotary import RopeScaling
 from swr_jax.nn.swax import SWAX
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "MLSTMConfig",
     "Phalanx",
     "PhalanxConfig",
+    "RopeScaling",
     "SlidingWindowAttention",
     "SwiGLU",
     "num_parameters",

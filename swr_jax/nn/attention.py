@@ -6,6 +6,8 @@ from flax import nnx, struct
 from jax.typing import DTypeLike
 
 from swr_jax.nn.common import linear
+from swr_jax.nn.feedforward import rms_norm
+from swr_jax.nn.rotary import RopeScaling, rotary_embedding
 from swr_jax.ops.attention import cached_attention, sliding_window_attention
 
 # Segment of cache slots that hold no token yet: no caller's segment, so nothing attends to them.
@@ -39,13 +41,22 @@ class SlidingWindowAttention(nnx.Module):
       num_kv_heads: number of key/value heads, a divisor of num_heads; None: num_heads.
       head_dim: features per head, an even number; None: features / num_heads.
       rope_base: wavelength base of the rotary embedding.
+      rope_scaling: how its frequencies are slowed down for long sequences; None: not at all.
       use_bias: whether the four projections have biases.
+      qkv_bias: the same of the first three alone; None: as `use_bias` says.
+      qk_norm: whether every head's queries and keys go through an RMSNorm before they are rotated
+        (arXiv 2302.05442), one for queries and one for keys, shared by the heads.
+      norm_epsilon: added to the mean square in these norms.
+      norm_offset: these norms multiply by it plus their scale.
+      scale: what logits are multiplied by; None: head_dim ** -0.5.
+      logits_soft_cap: logits become cap * tanh(logits / cap) before the softmax; None: left alone.
       dtype: dtype of the computation; None: that of input and parameters together.
       param_dtype: dtype of the parameters.
       rngs: source of the `params` keys.
 
     Raises:
-      ValueError: sizes that do not divide as described, or a window below 1.
+      ValueError: sizes that do not divide as described, a window below 1, a scale or a soft cap
+        that is not above 0.
     """
 
     def __init__(
@@ -57,7 +68,14 @@ class SlidingWindowAttention(nnx.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         rope_base: float = 10_000.0,
+        rope_scaling: RopeScaling | None = None,
         use_bias: bool = False,
+        qkv_bias: bool | None = None,
+        qk_norm: bool = False,
+        norm_epsilon: float = 1e-6,
+        norm_offset: float = 0.0,
+        scale: float | None = None,
+        logits_soft_cap: float | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -81,20 +99,32 @@ class SlidingWindowAttention(nnx.Module):
             )
         if window is not None and window < 1:
             raise ValueError(f"window={window}; it must be at least 1, or None for no window")
+        for name, value in (("scale", scale), ("logits_soft_cap", logits_soft_cap)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value}; it must be above 0, or None")
         self.features = features
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.window = window
         self.rope_base = rope_base
+        self.rope_scaling = rope_scaling
+        self.scale = scale
+        self.logits_soft_cap = logits_soft_cap
         self.dtype = dtype
         self.param_dtype = param_dtype
-        options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        inputs = {"use_bias": use_bias if qkv_bias is None else qkv_bias, **options}
         inner, inner_kv = num_heads * head_dim, num_kv_heads * head_dim
-        self.query = linear(features, inner, ("embed", "heads"), **options)
-        self.key = linear(features, inner_kv, ("embed", "kv_heads"), **options)
-        self.value = linear(features, inner_kv, ("embed", "kv_heads"), **options)
-        self.output = linear(inner, features, ("heads", "embed"), **options)
+        self.query = linear(features, inner, ("embed", "heads"), **inputs)
+        self.key = linear(features, inner_kv, ("embed", "kv_heads"), **inputs)
+        self.value = linear(features, inner_kv, ("embed", "kv_heads"), **inputs)
+        self.output = linear(inner, features, ("heads", "embed"), use_bias=use_bias, **options)
+        self.qk_norm = qk_norm
+        if qk_norm:
+            norm = {"epsilon": norm_epsilon, "offset": norm_offset, **options}
+            self.query_norm = rms_norm(head_dim, **norm)
+            self.key_norm = rms_norm(head_dim, **norm)
 
     def init_state(self, batch: int, *, max_length: int) -> AttentionState:
         """Make the state before any token.
@@ -151,9 +181,12 @@ class SlidingWindowAttention(nnx.Module):
         q = self.query(x).reshape(batch, length, self.num_heads, self.head_dim)
         k = self.key(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
         v = self.value(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
-        q, k = (rotary_embedding(h, positions, base=self.rope_base) for h in (q, k))
+        if self.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        rope = {"base": self.rope_base, "scaling": self.rope_scaling}
+        q, k = (rotary_embedding(h, positions, **rope) for h in (q, k))
         if state is None:
-            out = sliding_window_attention(q, k, v, window=self.window, segment_ids=segment_ids)
+            out = self._attend(q, k, v, segment_ids)
         else:
             if segment_ids is None:
                 segment_ids = jnp.broadcast_to(state.last_segment[:, None], (batch, length))
@@ -182,6 +215,8 @@ class SlidingWindowAttention(nnx.Module):
                 query_segment_ids=segment_ids,
                 key_segment_ids=new.segment_ids,
                 window=self.window,
+                scale=self.scale,
+                logits_soft_cap=self.logits_soft_cap,
             )
             if self.window is None:
                 overflowed = new.position > slots
@@ -195,31 +230,18 @@ class SlidingWindowAttention(nnx.Module):
             jnp.concatenate([_take(old, order), added], axis=1)
             for old, added in zip(cached, (k, v, segment_ids), strict=True)
         )
-        out = sliding_window_attention(q, keys, values, window=self.window, segment_ids=segments)
-        return out, new
+        return self._attend(q, keys, values, segments), new
 
-
-def rotary_embedding(x: jax.Array, positions: jax.Array, *, base: float = 10_000.0) -> jax.Array:
-    """Turn pairs of features by angles proportional to the position (arXiv 2104.09864).
-
-    Feature i is paired with feature i + Dh / 2 and turned by position * base ** (-2 i / Dh).
-    Computed in float32.
-
-    Args:
-      x: queries or keys [B, T, N, Dh], Dh even.
-      positions: [B, T] int32.
-      base: wavelength base.
-
-    Returns:
-      [B, T, N, Dh], dtype of `x`.
-    """
-    half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return out.astype(x.dtype)
+    def _attend(self, q, k, v, segment_ids) -> jax.Array:
+        return sliding_window_attention(
+            q,
+            k,
+            v,
+            window=self.window,
+            segment_ids=segment_ids,
+            scale=self.scale,
+            logits_soft_cap=self.logits_soft_cap,
+        )
 
 
 def _write(state: AttentionState, k, v, segment_ids, stream_index) -> AttentionState:

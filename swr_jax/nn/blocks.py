@@ -15,10 +15,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from swr_jax.nn.attention import SlidingWindowAttention
-from swr_jax.nn.feedforward import SwiGLU, rms_norm
+from swr_jax.nn.feedforward import ACTIVATIONS, SwiGLU, rms_norm
 from swr_jax.nn.gated_delta import GatedDeltaNet
 from swr_jax.nn.mlstm import MLSTM
 from swr_jax.nn.phalanx import Phalanx
+from swr_jax.nn.rotary import RopeScaling
 
 # What the backward pass finds stored of a period of blocks; the rest it computes again.
 REMAT_POLICIES: dict[str, Callable | None] = {
@@ -82,16 +83,32 @@ class StackConfig:
     depth: int
     # Mixer of each block of one period: names in MIXERS.
     pattern: tuple[str, ...] = ("phalanx", "attention")
-    # Query heads of "attention" and "swa"; features / num_heads must be even.
+    # Query heads of "attention" and "swa"; their features must be even.
     num_heads: int = 8
+    # Features per head of "attention" and "swa"; None: features / num_heads.
+    head_dim: int | None = None
     # Key/value heads of "attention" and "swa", a divisor of num_heads; None: num_heads.
     num_kv_heads: int | None = None
     # Tokens that "swa" sees, the current one included.
     window: int = 512
+    # Whether queries, keys and values of "attention" and "swa" have biases.
+    qkv_bias: bool = False
+    # Whether their last projections have.
+    output_bias: bool = False
+    # Whether they put every head's queries and keys through an RMSNorm before rotating them.
+    qk_norm: bool = False
+    # What their logits are multiplied by; None: head_dim ** -0.5.
+    attention_scale: float | None = None
+    # Their logits become cap * tanh(logits / cap) before the softmax; None: left alone.
+    attention_soft_cap: float | None = None
     # Hidden width of the feed-forward networks; None: mlp_ratio * features, rounded up to 64.
     mlp_features: int | None = None
     # Used where mlp_features is None: 8/3 makes SwiGLU's three matrices weigh 8 M^2.
     mlp_ratio: float = 8 / 3
+    # What the gates of the feed-forward networks go through: a name in ACTIVATIONS.
+    mlp_activation: str = "silu"
+    # Whether the feed-forward networks have biases.
+    mlp_bias: bool = False
     # Options of the "phalanx" mixer.
     phalanx: PhalanxConfig = field(default_factory=PhalanxConfig)
     # Options of the "mlstm" mixer, its own number of heads among them.
@@ -100,6 +117,14 @@ class StackConfig:
     gated_delta: GatedDeltaConfig = field(default_factory=GatedDeltaConfig)
     # Base of the wavelengths of the rotary embedding.
     rope_base: float = 10_000.0
+    # The same for "swa" alone, which then is not scaled either; None: as "attention".
+    rope_local_base: float | None = None
+    # How frequencies of the rotary embedding are slowed down for long sequences; None: not at all.
+    rope_scaling: RopeScaling | None = None
+    # Whether an RMSNorm follows each mixer and feed-forward network too, before what it adds.
+    post_norms: bool = False
+    # RMSNorms of blocks, heads' queries and keys multiply by it plus their scale; Gemma's is 1.
+    norm_offset: float = 0.0
     # Added to the mean square in every RMSNorm, to the variance in the norm of mLSTM's heads.
     norm_epsilon: float = 1e-6
     # What the backward pass computes again: a name in REMAT_POLICIES.
@@ -132,6 +157,19 @@ class StackConfig:
             )
         if self.mlp_features is not None and self.mlp_features < 1:
             raise ValueError(f"mlp_features={self.mlp_features}; it must be at least 1, or None")
+        if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
+            raise ValueError(
+                f"head_dim={self.head_dim}; it must be even and at least 2, or None for features / "
+                "num_heads"
+            )
+        for name in ("attention_scale", "attention_soft_cap", "rope_local_base"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name}={value}; it must be above 0, or None")
+        if self.mlp_activation not in ACTIVATIONS:
+            raise ValueError(
+                f"mlp_activation={self.mlp_activation!r}; it must be one of "
+                f"{', '.join(ACTIVATIONS)}"
+            )
         if self.mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio={self.mlp_ratio}; it must be above 0")
         if self.remat not in REMAT_POLICIES:
@@ -146,6 +184,11 @@ class StackConfig:
         return 64 * math.ceil(self.mlp_ratio * self.features / 64 - 1e-6)
 
     @property
+    def heads_features(self) -> int:
+        """Features of all query heads of "attention" and "swa" together."""
+        return self.features if self.head_dim is None else self.num_heads * self.head_dim
+
+    @property
     def num_periods(self) -> int:
         """How often the stack repeats its pattern."""
         return self.depth // len(self.pattern)
@@ -156,12 +199,22 @@ def _options(config: StackConfig, rngs: nnx.Rngs) -> dict[str, Any]:
 
 
 def _attention(config: StackConfig, window: int | None, rngs: nnx.Rngs) -> nnx.Module:
+    local = window is not None and config.rope_local_base is not None
     return SlidingWindowAttention(
         config.features,
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
         window=window,
-        rope_base=config.rope_base,
+        rope_base=config.rope_local_base if local else config.rope_base,
+        rope_scaling=None if local else config.rope_scaling,
+        use_bias=config.output_bias,
+        qkv_bias=config.qkv_bias,
+        qk_norm=config.qk_norm,
+        norm_epsilon=config.norm_epsilon,
+        norm_offset=config.norm_offset,
+        scale=config.attention_scale,
+        logits_soft_cap=config.attention_soft_cap,
         **_options(config, rngs),
     )
 
@@ -206,6 +259,8 @@ _SCALED_BY_ITSELF = frozenset({"mlstm"})
 class Block(nnx.Module):
     """Pre-norm residual block: x + mixer(norm(x)), then x + feed-forward(norm(x)).
 
+    With `config.post_norms` what is added goes through another norm first.
+
     Both last projections start smaller by sqrt(2 * depth), so that the residual stream of the
     whole model has a variance that does not grow with depth; that of mLSTM starts as published,
     smaller by the depth.
@@ -218,11 +273,27 @@ class Block(nnx.Module):
 
     def __init__(self, config: StackConfig, mixer: str, *, rngs: nnx.Rngs):
         dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
-        norm = {"epsilon": config.norm_epsilon, **dtypes, "rngs": rngs}
+        norm = {
+            "epsilon": config.norm_epsilon,
+            "offset": config.norm_offset,
+            **dtypes,
+            "rngs": rngs,
+        }
         self.mixer_norm = rms_norm(config.features, **norm)
         self.mixer = MIXERS[mixer](config, rngs)
         self.mlp_norm = rms_norm(config.features, **norm)
-        self.mlp = SwiGLU(config.features, config.hidden_features, **dtypes, rngs=rngs)
+        self.mlp = SwiGLU(
+            config.features,
+            config.hidden_features,
+            activation=config.mlp_activation,
+            use_bias=config.mlp_bias,
+            **dtypes,
+            rngs=rngs,
+        )
+        self.post_norms = config.post_norms
+        if config.post_norms:
+            self.mixer_post_norm = rms_norm(config.features, **norm)
+            self.mlp_post_norm = rms_norm(config.features, **norm)
         last = [self.mlp.down]
         if mixer not in _SCALED_BY_ITSELF:
             last.append(self.mixer.output)
@@ -237,8 +308,9 @@ class Block(nnx.Module):
             mixed = self.mixer(mixed, **options)
         else:
             mixed, state = self.mixer(mixed, **options, state=state)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
+        x = x + (self.mixer_post_norm(mixed) if self.post_norms else mixed)
+        added = self.mlp(self.mlp_norm(x))
+        return x + (self.mlp_post_norm(added) if self.post_norms else added), state
 
 
 def make_periods(config: StackConfig, *, rngs: nnx.Rngs) -> nnx.List:

@@ -45,6 +45,8 @@ class LanguageModelConfig(StackConfig):
     vocab_size: int
     # Whether the output projection is the embedding, transposed.
     tie_embeddings: bool = True
+    # What embedded tokens are multiplied by before the first block, in `dtype`.
+    embedding_scale: float = 1.0
     # Logits, always float32, become cap * tanh(logits / cap); None: left alone.
     logits_soft_cap: float | None = None
 
@@ -52,6 +54,8 @@ class LanguageModelConfig(StackConfig):
         super().__post_init__()
         if self.vocab_size < 1:
             raise ValueError(f"vocab_size={self.vocab_size}; it must be at least 1")
+        if not self.embedding_scale > 0:
+            raise ValueError(f"embedding_scale={self.embedding_scale}; it must be above 0")
         if self.logits_soft_cap is not None and self.logits_soft_cap <= 0:
             raise ValueError(
                 f"logits_soft_cap={self.logits_soft_cap}; it must be above 0, or None for no cap"
@@ -84,6 +88,7 @@ class LanguageModel(nnx.Module):
         self.norm = rms_norm(
             config.features,
             epsilon=config.norm_epsilon,
+            offset=config.norm_offset,
             dtype=config.dtype,
             param_dtype=config.param_dtype,
             rngs=rngs,
@@ -156,6 +161,8 @@ class LanguageModel(nnx.Module):
             )
         config = self.config
         x = jnp.take(self.embedding[...], tokens, axis=0).astype(config.dtype)
+        if config.embedding_scale != 1.0:
+            x *= jnp.asarray(config.embedding_scale, config.dtype)
         x, new_state = apply_periods(
             self.periods,
             config,

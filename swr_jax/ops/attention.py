@@ -8,12 +8,20 @@ backward (`attention_blocks`), and the distribution over a mesh (`attention_shar
 Symbols: B batch, T queries, S keys, N query heads, Nkv key/value heads, Dh features per head.
 """
 
+import functools
+
 import jax
 
 from swr_jax.ops.attention_blocks import query_chunks
-from swr_jax.ops.attention_evaluation import attend_xla, may_use_kernels, pick, run
+from swr_jax.ops.attention_evaluation import (
+    LogitOptions,
+    attend_xla,
+    may_use_kernels,
+    pick,
+    run,
+)
 from swr_jax.ops.attention_sharded import over_mesh, split_of_attention
-from swr_jax.ops.attention_validation import check_inputs
+from swr_jax.ops.attention_validation import check_inputs, check_options
 
 
 def sliding_window_attention(
@@ -23,12 +31,14 @@ def sliding_window_attention(
     *,
     window: int | None,
     segment_ids: jax.Array | None = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Causal softmax attention in which query i sees keys i - window + 1 .. i.
 
     The queries are the last T of the S tokens that the keys and values describe; T = S is plain
-    self-attention, T < S continues a sequence. Logits are scaled by Dh ** -0.5.
+    self-attention, T < S continues a sequence. Logits are q · k * scale.
 
     Numerics: logits and softmax in float32, products accumulated in float32, weights cast to the
     dtype of `v` before they multiply it. Memory for logits is O(T * window) for a window and
@@ -45,12 +55,15 @@ def sliding_window_attention(
       v: values [B, S, Nkv, Dh], dtype of `q`.
       window: number of keys that a query sees, its own included, at least 1; None: all before it.
       segment_ids: [B, S] integers; tokens of different segments never see each other.
+      scale: what logits are multiplied by; None: Dh ** -0.5.
+      logits_soft_cap: logits become cap * tanh(logits / cap) before the mask and the softmax (Gemma
+        2, arXiv 2408.00118); None: left alone.
       implementation: None picks one: for bfloat16 and float16 on one GPU or TPU, on many under a
         mesh in context or inside `jax.shard_map(..., check_vma=False)`: on TPUs "splash", for
         bfloat16 where T and Dh are multiples of 128; elsewhere "tokamax" where it is installed and
         its kernels support the arguments, then "cudnn" on an NVIDIA GPU (Ampere or later) where
-        T = S, Dh is a multiple of 8 up to 128, and there are neither segment_ids nor a full
-        attention over a split sequence; else "xla". A name is used as it is or fails, never
+        T = S, Dh is a multiple of 8 up to 128, and there are neither segment_ids nor a soft cap nor
+        a full attention over a split sequence; else "xla". A name is used as it is or fails, never
         replaced:
         "xla" (`jax.nn`), "cudnn" (`jax.nn` on an NVIDIA GPU), "splash" (JAX's TPU kernels),
         "tokamax" (its kernels on GPU and TPU, its chunked XLA path on CPU).
@@ -60,18 +73,19 @@ def sliding_window_attention(
 
     Raises:
       ValueError: wrong rank, sizes that disagree, a dtype that is not floating or not shared,
-        window < 1, or an unknown implementation.
+        window < 1, a scale or a soft cap that is not above 0, or an unknown implementation.
       NotImplementedError, RuntimeError or an ExceptionGroup of them: a named implementation does
         not run on this platform or with these arguments.
     """
-    check_inputs(q, k, v, window, segment_ids, implementation)
+    options = LogitOptions(scale, logits_soft_cap)
+    check_inputs(q, k, v, window, segment_ids, implementation, options)
     if window is not None and window >= k.shape[1]:
         window = None
 
     def evaluated(q, k, v, segment_ids, start=None):
         if implementation is not None:
-            return run(q, k, v, window, segment_ids, implementation, start)
-        return pick(q, k, v, window, segment_ids, start)[1]
+            return run(q, k, v, window, segment_ids, implementation, start, options)
+        return pick(q, k, v, window, segment_ids, start, options)[1]
 
     if split := split_of_attention(q, k):
         checked = not may_use_kernels(q, implementation)
@@ -107,6 +121,8 @@ def cached_attention(
     query_segment_ids: jax.Array,
     key_segment_ids: jax.Array,
     window: int | None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
 ) -> jax.Array:
     """Attend new tokens against a cache whose slots hold tokens in any order.
 
@@ -124,10 +140,17 @@ def cached_attention(
       query_segment_ids: [B, T] int32.
       key_segment_ids: [B, S] int32.
       window: number of keys that a query sees, its own included; None: all before it.
+      scale, logits_soft_cap: as `sliding_window_attention` takes them.
 
     Returns:
       [B, T, N, Dh], dtype of `q`.
+
+    Raises:
+      ValueError: a scale or a soft cap that is not above 0.
     """
+    options = LogitOptions(scale, logits_soft_cap)
+    check_options(options)
+    attend = functools.partial(attend_xla, options=options)
     return query_chunks(
-        q, k, v, query_index, key_index, query_segment_ids, key_segment_ids, window, attend_xla
+        q, k, v, query_index, key_index, query_segment_ids, key_segment_ids, window, attend
     )

@@ -4,7 +4,9 @@ Each attends the last T of S tokens, plain or with a part of the sequence before
 device has handed on; see `attention_blocks` for what `start` says of it.
 """
 
+import functools
 import importlib.util
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +16,50 @@ from swr_jax.ops.attention_blocks import Start, blocks, causal, realigned
 from swr_jax.ops.dispatch import target
 
 
-def pick(q, k, v, window, segment_ids, start: Start | None = None) -> tuple[str, jax.Array]:
+class LogitOptions(NamedTuple):
+    """What becomes of the products of queries and keys before mask and softmax."""
+
+    scale: float | None = None  # They are multiplied by it; None: Dh ** -0.5.
+    soft_cap: float | None = None  # Then cap * tanh(logits / cap); None: left alone.
+
+
+def pick(
+    q,
+    k,
+    v,
+    window,
+    segment_ids,
+    start: Start | None = None,
+    options: LogitOptions = LogitOptions(),  # noqa: B008 - a tuple
+) -> tuple[str, jax.Array]:
     """Return what the best implementation here computes, and its name."""
-    for name in _kernels(q, k, window, segment_ids, start):
+    for name in _kernels(q, k, window, segment_ids, start, options):
         try:
-            return name, run(q, k, v, window, segment_ids, name, start)
+            return name, run(q, k, v, window, segment_ids, name, start, options)
         except (RuntimeError, ExceptionGroup):
             # By tokamax where none of its kernels takes these shapes or this mask
             # (NotImplementedError is a RuntimeError), by JAX where the cuDNN library is missing.
             continue
-    return "xla", run(q, k, v, window, segment_ids, "xla", start)
+    return "xla", run(q, k, v, window, segment_ids, "xla", start, options)
 
 
-def run(q, k, v, window, segment_ids, implementation: str, start: Start | None = None) -> jax.Array:
+def run(
+    q,
+    k,
+    v,
+    window,
+    segment_ids,
+    implementation: str,
+    start: Start | None = None,
+    options: LogitOptions = LogitOptions(),  # noqa: B008 - a tuple
+) -> jax.Array:
     """Call one implementation, through its own causal path where it has one for these arguments."""
     if implementation == "splash":
-        return attention_splash.attend(q, k, v, window, segment_ids, start)
+        return attention_splash.attend(q, k, v, window, segment_ids, start, *options)
+    if implementation == "cudnn" and options.soft_cap is not None:
+        raise NotImplementedError(
+            f"logits_soft_cap={options.soft_cap}: cuDNN's attention has no soft cap"
+        )
     # On TPU tokamax's kernel knows no window; the blocks below give it one.
     knows_windows = implementation == "cudnn" or (
         implementation == "tokamax" and jax.default_backend() == "gpu"
@@ -38,16 +68,17 @@ def run(q, k, v, window, segment_ids, implementation: str, start: Start | None =
     if plain is not None and (window is None or knows_windows):
 
         def attend_plain(q, k, v):
-            return plain(q, k, v, is_causal=True, window=window)
+            return plain(q, k, v, is_causal=True, window=window, options=options)
 
         if _is_plain(q, k, segment_ids, start):
             return attend_plain(q, k, v)
         if _has_plain_halo(window, segment_ids, start):
             return realigned(q, k, v, start, attend_plain)
-    attend = {"cudnn": _attend_cudnn, "tokamax": _attend_tokamax, "xla": attend_xla}
+    attends = {"cudnn": _attend_cudnn, "tokamax": _attend_tokamax, "xla": attend_xla}
+    attend = functools.partial(attends[implementation], options=options)
     arrange = causal if window is None or q.shape[1] <= window else blocks
     start = 0 if start is None else start
-    return arrange(q, k, v, window, segment_ids, attend[implementation], start)
+    return arrange(q, k, v, window, segment_ids, attend, start)
 
 
 def may_use_kernels(q, implementation: str | None) -> bool:
@@ -73,31 +104,74 @@ def _has_plain_halo(window, segment_ids, start) -> bool:
     return segment_ids is None and start is not None and window is not None
 
 
-def attend_xla(q, k, v, mask) -> jax.Array:
+def attend_xla(
+    q,
+    k,
+    v,
+    mask,
+    options: LogitOptions = LogitOptions(),  # noqa: B008 - a tuple
+) -> jax.Array:
     """Attend under a mask [B, 1, T, S] in plain JAX, logits and all: for few queries."""
     dtype = q.dtype
     if dtype == jnp.float16 and jax.default_backend() != "gpu":
         # jax.nn asks for a float16 product accumulated in float32, which only GPUs have.
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla").astype(dtype)
+    if options.soft_cap is None:
+        out = jax.nn.dot_product_attention(
+            q, k, v, mask=mask, scale=options.scale, implementation="xla"
+        )
+    else:
+        out = _attend_capped(q, k, v, mask, options)
+    return out.astype(dtype)
 
 
-def _attend_cudnn(q, k, v, mask) -> jax.Array:
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+def _attend_capped(q, k, v, mask, options: LogitOptions) -> jax.Array:
+    """Do what jax.nn does, with the soft cap that it has not; float32 inside."""
+    batch, queries, heads, features = q.shape
+    scale = features**-0.5 if options.scale is None else options.scale
+    q = q.reshape(batch, queries, k.shape[2], -1, features)
+    logits = jnp.einsum("btngd,bsnd->bngts", q, k, preferred_element_type=jnp.float32)
+    logits = options.soft_cap * jnp.tanh(logits * (scale / options.soft_cap))
+    # Finite: a query that sees nothing is one that is thrown away, but not by way of a NaN.
+    logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bngts,bsnd->btngd", weights, v, preferred_element_type=jnp.float32)
+    return out.reshape(batch, queries, heads, features)
 
 
-def _cudnn(q, k, v, *, is_causal: bool, window: int | None) -> jax.Array:
-    size = None if window is None else (window - 1, 0)
+def _attend_cudnn(q, k, v, mask, *, options: LogitOptions) -> jax.Array:
     return jax.nn.dot_product_attention(
-        q, k, v, is_causal=is_causal, local_window_size=size, implementation="cudnn"
+        q, k, v, mask=mask, scale=options.scale, implementation="cudnn"
     )
 
 
-def _attend_tokamax(q, k, v, mask) -> jax.Array:
-    return _tokamax(q, k, v, mask=mask)
+def _cudnn(q, k, v, *, is_causal: bool, window: int | None, options: LogitOptions) -> jax.Array:
+    size = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=is_causal,
+        local_window_size=size,
+        scale=options.scale,
+        implementation="cudnn",
+    )
 
 
-def _tokamax(q, k, v, *, mask=None, is_causal: bool = False, window: int | None = None):
+def _attend_tokamax(q, k, v, mask, *, options: LogitOptions) -> jax.Array:
+    return _tokamax(q, k, v, mask=mask, options=options)
+
+
+def _tokamax(
+    q,
+    k,
+    v,
+    *,
+    mask=None,
+    is_causal: bool = False,
+    window: int | None = None,
+    options: LogitOptions,
+) -> jax.Array:
     import tokamax  # heavy, and of no use to who runs recurrences only
 
     # Its quadratic "xla" is left out on purpose: ours does the same in linear memory.
@@ -115,11 +189,13 @@ def _tokamax(q, k, v, *, mask=None, is_causal: bool = False, window: int | None 
         mask=mask,
         is_causal=is_causal,
         local_window_size=None if window is None else (window - 1, 0),
+        scale=options.scale,
+        logits_soft_cap=options.soft_cap,
         implementation=implementation,
     )
 
 
-def _kernels(q, k, window, segment_ids, start) -> tuple[str, ...]:
+def _kernels(q, k, window, segment_ids, start, options: LogitOptions) -> tuple[str, ...]:
     """Name the attention kernels that may be better than XLA for these arguments, here and now."""
     if not may_use_kernels(q, None):
         return ()
@@ -133,6 +209,7 @@ def _kernels(q, k, window, segment_ids, start) -> tuple[str, ...]:
     names = () if importlib.util.find_spec("tokamax") is None else ("tokamax",)
     # Any other mask than a causal window would have to be written out for cuDNN.
     plain = _is_plain(q, k, segment_ids, start) or _has_plain_halo(window, segment_ids, start)
+    plain &= options.soft_cap is None
     features = q.shape[3]
     if plain and features % 8 == 0 and features <= 128 and _has_cudnn_kernels():
         names = (*names, "cudnn")

@@ -18,7 +18,14 @@ _NOBODY = jnp.iinfo(jnp.int32).min  # a document without queries
 
 
 def attend(
-    q: Array, k: Array, v: Array, window: int | None, segment_ids: Array | None, start: Start | None
+    q: Array,
+    k: Array,
+    v: Array,
+    window: int | None,
+    segment_ids: Array | None,
+    start: Start | None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> Array:
     """Causal softmax attention of the last T of S tokens against all of them, or a window.
 
@@ -30,6 +37,7 @@ def attend(
         window: number of keys that a query sees, its own included; None: all before it.
         segment_ids: [B, S] integers; None: one document.
         start: place of the first key in the sequence, as `attention_blocks` has it; None: 0.
+        scale, soft_cap: of the logits, as `attention_evaluation` has them.
 
     Raises:
         NotImplementedError: the kernels do not take these dtypes or sizes.
@@ -58,11 +66,13 @@ def attend(
         ),
         head_shards=1,
         q_seq_shards=1,
+        attn_logits_soft_cap=soft_cap,
     )
     segments = None
     if segment_ids is not None:
         segments = splash.SegmentIds(q=segment_ids[:, offset:], kv=segment_ids)
-    scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
     by_heads = (jnp.swapaxes(x, 1, 2) for x in (scaled, k, v))
     out = jax.vmap(kernel, in_axes=(0, 0, 0, None if segments is None else 0))(*by_heads, segments)
     return jnp.swapaxes(out, 1, 2)

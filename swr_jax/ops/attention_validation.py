@@ -1,9 +1,12 @@
 """Argument checks of attention, each with the argument, its value and the rule."""
 
+import math
+from numbers import Real
+
 import jax.numpy as jnp
 
 
-def check_inputs(q, k, v, window, segment_ids, implementation) -> None:
+def check_inputs(q, k, v, window, segment_ids, implementation, options) -> None:
     """Raise ValueError unless the arguments of an attention fit together."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
@@ -46,8 +49,23 @@ def check_inputs(q, k, v, window, segment_ids, implementation) -> None:
             raise ValueError(
                 f"segment_ids has dtype {segment_ids.dtype}; it must be an integer dtype"
             )
+    check_options(options)
     if implementation not in (None, "xla", "cudnn", "splash", "tokamax"):
         raise ValueError(
             f"implementation={implementation!r}; it must be None, 'xla', 'cudnn', 'splash' or "
             "'tokamax'"
         )
+
+
+def check_options(options) -> None:
+    """Raise ValueError unless scale and soft cap of the logits are ones that they can have."""
+    for name, value, default in (
+        ("scale", options.scale, "Dh ** -0.5"),
+        ("logits_soft_cap", options.soft_cap, "no cap"),
+    ):
+        if value is not None and not (
+            isinstance(value, Real) and math.isfinite(value) and value > 0
+        ):
+            raise ValueError(
+                f"{name}={value!r}; it must be a finite number above 0, or None for {default}"
+            )

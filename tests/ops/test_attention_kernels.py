@@ -70,8 +70,8 @@ def test_a_gpu_without_tokamax_has_fused_attention(calls_of_cudnn, window):
     q, k, v = inputs(40)
     actual = sliding_window_attention(q, k, v, window=window)
     size = None if window is None else (window - 1, 0)
-    expected = {"is_causal": True, "local_window_size": size, "implementation": "cudnn"}
-    assert calls_of_cudnn == [expected]
+    expected = {"is_causal": True, "local_window_size": size, "scale": None}
+    assert calls_of_cudnn == [expected | {"implementation": "cudnn"}]
     assert ref.relative_rms(actual, dense_attention(q, k, v, window)) < 1e-2
     assert attention.implementation_of(q, window=window) == "cudnn"
 
@@ -86,7 +86,7 @@ def test_a_split_sequence_has_fused_attention(request, window):
         attend = functools.partial(sliding_window_attention, window=window)
         out, pull = jax.vjp(jax.jit(attend), q, k, v)
         gradients = pull(out)
-    expected = {"local_window_size": (window - 1, 0), "implementation": "cudnn"}
+    expected = {"local_window_size": (window - 1, 0), "scale": None, "implementation": "cudnn"}
     assert calls == [{"is_causal": True} | expected]
     assert ref.relative_rms(out, dense_attention(q, k, v, window)) < 1e-2
     wanted = jax.vjp(lambda *x: sliding_window_attention(*x, window=window), q, k, v)[1](out)
