@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -66,3 +67,10 @@ def tamper_with_training_batches(monkeypatch: pytest.MonkeyPatch):
         )
 
     return install
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in the loop use one device of the eight, so that their updates take no time."""
+    make_mesh = loop.make_mesh
+    monkeypatch.setattr(loop, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))

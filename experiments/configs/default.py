@@ -111,6 +111,14 @@ def get_config() -> ConfigDict:
     schedule.anneal = "switch"  # at the end the longest always; "linear": ever more often
     schedule.anneal_fraction = 0.1  # share of the steps that count as the end
 
+    # --- guard: updates with NaN, infinity or a spike of the loss -------------------------------
+    config.guard = guard = ConfigDict()
+    guard.action = "stop"  # "skip" leaves such an update out, "rollback" returns to a checkpoint
+    guard.spike_factor = optional(None)  # a loss above so many times its average; None: none is
+    guard.memory = 100  # updates that this average reaches back over
+    guard.max_in_a_row = 10  # left out one after the other, before the run stops
+    guard.max_rollbacks = 3  # returns in the whole run, before it stops
+
     # --- mesh: the product of the four is the number of devices --------------------------------
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # copies of the model; -1: as many as devices are left

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from swr_jax.nn.language_model import LanguageModel
 from swr_jax.train.config import TrainConfig, from_dict, to_dict
 from swr_jax.train.fingerprint import fingerprint_of_json, fingerprints
+from swr_jax.train.guard import init_guard
 from swr_jax.train.state import TrainState
 
 FOLDER = "checkpoints"  # of a run's folder
@@ -35,8 +36,9 @@ class CorruptCheckpointError(ValueError):
 class Checkpointer:
     """Saves and restores training states in the folder `checkpoints` of `workdir`, one per step.
 
-    A checkpoint has four items: `params`; `optimizer` (its state, the step and the PRNG key);
-    `data`, the place in the training data; `config`, the run's configuration. The place is that of
+    A checkpoint has these items: `params`; `optimizer` (its state, the step and the PRNG key);
+    `data`, the place in the training data; `config`, the run's configuration; with a guard against
+    updates that spoil a run also `guard`, what it remembers. The place is that of
     all processes together, so a run may go on with more of them or fewer: none of its documents is
     repeated or left out.
     With them are kept the fingerprints of all, so that damage on the disk does not go unseen.
@@ -78,18 +80,19 @@ class Checkpointer:
         """Starts to write a checkpoint of `step`; returns once `state` may be overwritten."""
         if step == self.latest_step():
             return
-        optimizer, data, run = _optimizer_item(state), data_iterator.get_state(), to_dict(config)
+        data, run = data_iterator.get_state(), to_dict(config)
+        arrays = {"params": state.params, "optimizer": _optimizer_item(state)}
+        if state.guard is not None:
+            arrays["guard"] = state.guard
         saved = {
-            "params": fingerprints(state.params),
-            "optimizer": fingerprints(optimizer),
+            **{name: fingerprints(item) for name, item in arrays.items()},
             "data": fingerprint_of_json(data),
             "config": fingerprint_of_json(run),
         }
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave(optimizer),
+                **{name: ocp.args.StandardSave(item) for name, item in arrays.items()},
                 data=ocp.args.JsonSave(data),
                 config=ocp.args.JsonSave({"config": run, "fingerprints": saved}),
             ),
@@ -116,15 +119,23 @@ class Checkpointer:
         for part in ("model", "data"):
             was, now = (to_dict(getattr(either, part)) for either in (saved, config))
             _check_same(self.directory, part, was, now)
-        item = _optimizer_item(abstract_state)
+        arrays = {
+            "params": abstract_state.params,
+            "optimizer": _optimizer_item(abstract_state),
+        }
+        guard = abstract_state.guard
+        if guard is not None and saved.guard.active:
+            arrays["guard"] = guard
         restored = _read(
             self._manager,
             step,
             expected,
-            params=ocp.args.StandardRestore(abstract_state.params),
-            optimizer=ocp.args.StandardRestore(item),
+            **{name: ocp.args.StandardRestore(item) for name, item in arrays.items()},
             data=ocp.args.JsonRestore(),
         )
+        if guard is not None:  # one that the run did without so far remembers nothing
+            shardings = jax.tree.map(lambda x: x.sharding, guard)
+            guard = restored.get("guard") or jax.device_put(init_guard(config.guard), shardings)
         data_iterator.set_state(restored["data"])
         optimizer = restored["optimizer"]
         return TrainState(
@@ -132,6 +143,7 @@ class Checkpointer:
             params=restored["params"],
             opt_state=optimizer["opt_state"],
             rng=optimizer["rng"],
+            guard=guard,
         )
 
     def restore_newest(

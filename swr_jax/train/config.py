@@ -154,6 +154,50 @@ class WindowScheduleConfig:
         )
 
 
+GUARD_ACTIONS = ("stop", "skip", "rollback")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What a run does about an update that would spoil it: NaN, infinity, or a spike of the loss.
+
+    action: "stop" ends the run with an error; "skip" leaves the update out and goes on with the
+    next batch; "rollback" returns to the newest checkpoint and goes on from there with the data
+    that come next, so that the batches which led to it are not seen again. spike_factor: a loss
+    above so many times its average is a spike; None: no loss is. memory: updates that the average
+    reaches back over, and that must be done before there can be a spike. max_in_a_row: "skip"
+    stops the run after more than so many updates one after the other. max_rollbacks: likewise
+    "rollback", in the whole run.
+    """
+
+    action: str = "stop"
+    spike_factor: float | None = None
+    memory: int = 100
+    max_in_a_row: int = 10
+    max_rollbacks: int = 3
+
+    def __post_init__(self) -> None:
+        _require(
+            self.action in GUARD_ACTIONS,
+            "guard.action",
+            self.action,
+            f"one of {', '.join(GUARD_ACTIONS)}",
+        )
+        _require(
+            self.spike_factor is None or self.spike_factor > 1,
+            "guard.spike_factor",
+            self.spike_factor,
+            "> 1, or None for no loss to be a spike",
+        )
+        for name in ("memory", "max_in_a_row", "max_rollbacks"):
+            _require(getattr(self, name) >= 1, f"guard.{name}", getattr(self, name), ">= 1")
+
+    @property
+    def active(self) -> bool:
+        """Whether updates are looked at on the device; otherwise only NaN and infinity stop."""
+        return self.action != "stop" or self.spike_factor is not None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that decides a training run.
@@ -168,6 +212,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     window_schedule: WindowScheduleConfig = WindowScheduleConfig()
+    guard: GuardConfig = GuardConfig()
     steps: int = 1000
     accumulation: int = 1
     z_loss: float = 0.0

@@ -7,6 +7,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,8 +19,9 @@ from tqdm import tqdm
 from swr_jax.data import make_dataset, open_corpus
 from swr_jax.generate import generate_text
 from swr_jax.train.checkpoint import Checkpointer
-from swr_jax.train.config import TrainConfig
+from swr_jax.train.config import GuardConfig, TrainConfig
 from swr_jax.train.evaluation import evaluate, unigram_bits_per_byte, validation_batches
+from swr_jax.train.guard import with_counts
 from swr_jax.train.metrics import (
     LOG_NAME,
     PLOT_NAME,
@@ -37,7 +39,15 @@ from swr_jax.train.window_schedule import drawn_models, drawn_size
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss, the gradient or a parameter became NaN or infinite."""
+    """The loss, the gradient or a parameter became NaN or infinite, or the loss had a spike."""
+
+
+class _RollBackError(Exception):
+    """An update was refused, and `config.guard` wants to go on from the newest checkpoint."""
+
+    def __init__(self, step: int, values: Mapping[str, float], found: str) -> None:
+        super().__init__(f"update {step} refused: {found}")
+        self.refused, self.rollbacks = int(values["refused"]), int(values["rollbacks"]) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +76,7 @@ class Summary:
 def train(config: TrainConfig, workdir: Path) -> Summary:
     """Trains a language model, going on from the newest checkpoint in `workdir` if there is one.
 
+    What becomes of an update that would spoil the run is up to `config.guard`.
     With `config.window_schedule` every update trains at the size drawn for it; evaluation, the
     sample and whoever loads the checkpoint use `config.model`, which is of the longest size.
 
@@ -73,8 +84,9 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
     SIGTERM end the run with a checkpoint after the update at hand, a second one ends it at once.
 
     Raises:
-        NonFiniteError: the loss, the gradient or a parameter is not finite. The message says at
-            which step; the newest checkpoint is from before it.
+        NonFiniteError: the loss, the gradient or a parameter is not finite, or the loss had a
+            spike, and `config.guard` has no way on. The message says at which step; the newest
+            checkpoint is from before it.
         ValueError: the configuration does not fit the devices, the data or the checkpoint.
     """
     is_main = jax.process_index() == 0
@@ -107,7 +119,11 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
     models = drawn_models(config)
     train_steps = {
         size: make_train_step(
-            blueprint.of_model(model), mesh, accumulation=config.accumulation, z_loss=config.z_loss
+            blueprint.of_model(model),
+            mesh,
+            accumulation=config.accumulation,
+            z_loss=config.z_loss,
+            guard=config.guard,
         )
         for size, model in models.items()
     }
@@ -157,16 +173,15 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
         def look_at_oldest() -> None:
             step, size, metrics = pending.popleft()
             drawn = {} if size is None else {drawn_name: size}
-            values = _finite(step, metrics, checkpoints) | drawn
+            values = _checked(step, metrics, checkpoints, config.guard) | drawn
             meter.add(values, flops_per_token=flops[size])
 
-        validation, stopped_by = None, None
-        for step in range(start + 1, config.steps + 1):
+        validation, stopped_by, step = None, None, start
+        while step < config.steps:
+            step += 1
             size = drawn_size(config, step)
             first = size not in compiled
             if first:  # compilation is not to be timed
-                while pending:
-                    look_at_oldest()
                 meter.stop_clock()
                 compiled.add(size)
                 began = time.perf_counter()
@@ -178,9 +193,21 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
             eval_due = done or (not stopped_by and step % config.eval_every == 0)
             save_due = done or stopped_by or step % config.checkpoint_every == 0
             pause = log_due or eval_due or save_due or first
-            # The device works on the newest update while the one before it is looked at.
-            while len(pending) > (0 if pause else 1):
-                look_at_oldest()
+            try:
+                # The device works on the newest update while the one before it is looked at.
+                while len(pending) > (0 if pause else 1):
+                    look_at_oldest()
+            except _RollBackError as error:
+                place = batches.get_state()
+                step, state, _ = checkpoints.restore_newest(blueprint.abstract, batches, config)
+                batches.set_state(place)  # the data go on: the same would lead to the same again
+                state = with_counts(state, refused=error.refused, rollbacks=error.rollbacks)
+                say(f"{error}; back to the checkpoint of step {step}, with the data that follow")
+                pending.clear()
+                meter.discard()
+                reporter.rewind(step)
+                bar.update(step - bar.n)
+                continue
             bar.update()
             if not pause:
                 continue
@@ -243,23 +270,36 @@ def _say_nothing(_: str) -> None:
     pass
 
 
-def _finite(step: int, metrics: Metrics, checkpoints: Checkpointer) -> dict[str, float]:
-    """The metrics of `step` as numbers; raises NonFiniteError where training has broken down."""
+def _checked(
+    step: int, metrics: Metrics, checkpoints: Checkpointer, guard: GuardConfig
+) -> dict[str, float]:
+    """The metrics of `step` as numbers; raises where the run cannot go on from that update."""
     values = {name: value.item() for name, value in jax.device_get(metrics).items()}
     # Also the parameters' norm, or a checkpoint could be saved that has no way on.
     bad = [n for n in ("loss", "grad_norm", "param_norm") if not math.isfinite(values[n])]
-    if not bad:
+    if not (bad or values.get("is_refused")):
         return values
+    found = ", ".join(f"{name} is {values[name]}" for name in bad) or (
+        f"loss is {values['loss']:.4g}, more than {guard.spike_factor} times its average"
+    )
+    tried = ""
+    if guard.action == "skip":
+        if values["in_a_row"] <= guard.max_in_a_row:
+            return values | {"grad_norm": 0.0}
+        tried = f" {values['in_a_row']} updates in a row were left out."
     checkpoints.wait()
     newest = checkpoints.latest_step()
-    found = ", ".join(f"{name} is {values[name]}" for name in bad)
+    if guard.action == "rollback" and newest:
+        if values["rollbacks"] < guard.max_rollbacks:
+            raise _RollBackError(step, values, found)
+        tried = f" The run has gone back to a checkpoint {values['rollbacks']} times."
     kept = (
         f"The newest checkpoint, of step {newest}, is from before it: {checkpoints.directory}"
         if newest
         else "There was no checkpoint yet"
     )
     raise NonFiniteError(
-        f"training broke down at step {step}: {found}. {kept}. Try a lower learning rate, a "
+        f"training broke down at step {step}: {found}.{tried} {kept}. Try a lower learning rate, a "
         "longer warm-up or a smaller clip_norm"
     )
 

@@ -40,12 +40,12 @@ def peak_flops(device: jax.Device) -> float | None:
 def flops_per_token(config: LanguageModelConfig, *, num_params: int, length: int) -> float:
     """Forward and backward FLOPs of one token, without what rematerialisation repeats.
 
-    6 per parameter, less an embedding that is only looked up, and 12 · features per attention
-    layer and token seen (PaLM, arXiv 2204.02311, appendix B); a token sees (length + 1) / 2 tokens
-    on average, or those of its window. A matrix memory of Dk x Dv numbers is read and written at
-    every token, 12 · Dk · Dv per head, and by the delta rule read once more, 18 · Dk · Dv; what
-    evaluating it in chunks adds is not the model's. Phalanx's recurrence (under 1 %) is not
-    counted.
+    6 per parameter, less an embedding that is only looked up, and 12 · num_heads · head_dim per
+    attention layer and token seen (PaLM, arXiv 2204.02311, appendix B); a token sees
+    (length + 1) / 2 tokens on average, or those of its window. A matrix memory of Dk x Dv numbers
+    is read and written at every token, 12 · Dk · Dv per head, and by the delta rule read once more,
+    18 · Dk · Dv; what evaluating it in chunks adds is not the model's. Phalanx's recurrence (under
+    1 %) is not counted.
 
     Args:
         config: the model.
@@ -59,7 +59,7 @@ def flops_per_token(config: LanguageModelConfig, *, num_params: int, length: int
         # The first window - 1 tokens of a sequence see fewer.
         "swa": window - window * (window - 1) / (2 * length),
     }
-    mixing = {name: 12.0 * config.features * tokens for name, tokens in seen.items()}
+    mixing = {name: 12.0 * config.heads_features * tokens for name, tokens in seen.items()}
     mlstm, delta = config.mlstm, config.gated_delta
     key_features = round(mlstm.qk_dim_factor * config.features)
     value_features = round(mlstm.v_dim_factor * config.features)
@@ -138,11 +138,17 @@ class Meter:
             self._steps += 1
             self._flops += self._tokens_per_step * flops_per_token
 
+    def discard(self) -> None:
+        """Forgets the updates since the last interval, which were undone; time stops."""
+        self.stop_clock()
+        self._updates, self._steps, self._seconds, self._flops = [], 0, 0.0, 0.0
+
     def interval(self) -> dict[str, float]:
         """What is reported of the updates since the last call; begins a new interval.
 
         loss, perplexity and bits_per_byte are over all targets of the interval, grad_norm and a
-        drawn window or block_size are means over its updates, learning_rate is that of the last.
+        drawn window or block_size are means over its updates, learning_rate is that of the last, as
+        are a guard's counts of refused updates and rollbacks in the run so far.
         tokens_per_second is left out if no update was timed, mfu also where the device's peak is
         not known.
         """
@@ -155,12 +161,18 @@ class Meter:
         def total(name: str) -> float:
             return sum(float(update[name]) for update in updates)
 
-        values = likelihood(total("nats"), total("weight"), int(total("target_bytes")))
+        if total("weight"):
+            values = likelihood(total("nats"), total("weight"), int(total("target_bytes")))
+        else:  # every update was refused, so there is no loss to report
+            values = dict.fromkeys(("loss", "perplexity", "bits_per_byte"), math.nan)
         values["grad_norm"] = total("grad_norm") / len(updates)
         values["learning_rate"] = float(updates[-1]["learning_rate"])
         for name in ("window", "block_size"):
             if name in updates[-1]:
                 values[name] = total(name) / len(updates)
+        for name in ("refused", "rollbacks"):
+            if name in updates[-1]:
+                values[name] = updates[-1][name]
         if steps:
             values["tokens_per_second"] = steps * self._tokens_per_step / seconds
             if peak := peak_flops(self._devices[0]):
@@ -184,6 +196,8 @@ _FORMATS = {
     "learning_rate": ".2e",
     "window": ",.0f",
     "block_size": ",.0f",
+    "refused": ",.0f",
+    "rollbacks": ",.0f",
     "tokens_per_second": ",.0f",
     "mfu": ".1%",
     "memory_mib": ",.0f",
@@ -210,15 +224,19 @@ class Reporter:
         self._enabled = enabled
         if not enabled:
             return
+        self._directory = directory
+        self._open(resume_step)
+
+    def _open(self, step: int) -> None:
         import tensorboardX
 
-        kept = [line for line in read_metrics(directory) if line["step"] <= resume_step]
-        shortened = directory / (LOG_NAME + ".tmp")
+        kept = [line for line in read_metrics(self._directory) if line["step"] <= step]
+        shortened = self._directory / (LOG_NAME + ".tmp")
         shortened.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        shortened.replace(directory / LOG_NAME)
-        self._file = (directory / LOG_NAME).open("a")
+        shortened.replace(self._directory / LOG_NAME)
+        self._file = (self._directory / LOG_NAME).open("a")
         self._tensorboard = tensorboardX.SummaryWriter(
-            str(directory / TENSORBOARD_FOLDER), purge_step=resume_step + 1
+            str(self._directory / TENSORBOARD_FOLDER), purge_step=step + 1
         )
 
     def __enter__(self) -> "Reporter":
@@ -228,6 +246,12 @@ class Reporter:
         if self._enabled:
             self._file.close()
             self._tensorboard.close()
+
+    def rewind(self, step: int) -> None:
+        """Drops what was reported after `step`: the run goes on from there."""
+        if self._enabled:
+            self.__exit__()
+            self._open(step)
 
     def report(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Reports `values` of the split "train" or "validation" after update `step`."""

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from swr_jax.nn.language_model import LanguageModel, LanguageModelConfig
 from swr_jax.train.config import TrainConfig
+from swr_jax.train.guard import GuardState, init_guard
 from swr_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from swr_jax.train.sharding import logical_axes, opt_state_shardings, param_shardings
 
@@ -26,12 +27,14 @@ class TrainState:
 
     step: int32, updates done. params: nested dict of arrays. opt_state: optax's.
     rng: the run's PRNG key; what needs randomness at step n takes `jax.random.fold_in(rng, n)`.
+    guard: what the guard against updates that spoil a run remembers; None without one.
     """
 
     step: jax.Array
     params: Params
     opt_state: optax.OptState
     rng: jax.Array
+    guard: GuardState | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,17 +78,19 @@ def make_blueprint(config: TrainConfig, mesh: Mesh) -> Blueprint:
     optimizer = make_optimizer(config.optimizer, schedule=schedule, axes=axes)
     opt_state = jax.eval_shape(optimizer.init, params)
     rng = jax.eval_shape(lambda: jax.random.key(0))
+    guard = jax.eval_shape(lambda: init_guard(config.guard))
 
     shardings = param_shardings(params, axes, mesh)
     replicated = NamedSharding(mesh, jax.P())
     abstract = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state, rng),
+        TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state, rng, guard),
         TrainState(
             replicated,
             shardings,
             opt_state_shardings(optimizer, opt_state, shardings, mesh),
             replicated,
+            jax.tree.map(lambda _: replicated, guard),
         ),
     )
     return Blueprint(graphdef, optimizer, schedule, abstract)
@@ -105,6 +110,7 @@ def init_state(config: TrainConfig, blueprint: Blueprint) -> TrainState:
     def init(key: jax.Array) -> TrainState:
         params_key, rng = jax.random.split(key)
         params = _initial_params(config, params_key)
-        return TrainState(jnp.int32(0), params, blueprint.optimizer.init(params), rng)
+        opt_state, guard = blueprint.optimizer.init(params), init_guard(config.guard)
+        return TrainState(jnp.int32(0), params, opt_state, rng, guard)
 
     return init(jax.random.key(config.seed))

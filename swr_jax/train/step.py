@@ -1,5 +1,6 @@
 """One optimizer update and one evaluation, as jitted functions of a sharded training state."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
@@ -8,8 +9,12 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from swr_jax.train.config import GuardConfig
+from swr_jax.train.guard import guarded
 from swr_jax.train.sharding import MICRO_BATCH_SPEC, batch_sharding, gathered
 from swr_jax.train.state import Blueprint, Params, TrainState
+
+_NO_GUARD = GuardConfig()
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -103,12 +108,17 @@ def gradient_and_sums(
 
 
 def make_train_step(
-    blueprint: Blueprint, mesh: Mesh, *, accumulation: int = 1, z_loss: float = 0.0
+    blueprint: Blueprint,
+    mesh: Mesh,
+    *,
+    accumulation: int = 1,
+    z_loss: float = 0.0,
+    guard: GuardConfig = _NO_GUARD,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted `(state, batch) -> (state, metrics)`; the state that is passed in is used up.
 
     Metrics are scalars: those of `loss_sums`; loss, the mean nats per target; grad_norm, before
-    clipping; param_norm, after the update; learning_rate.
+    clipping; param_norm, after the update; learning_rate; with a guard those of `guarded`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -128,8 +138,8 @@ def make_train_step(
             "param_norm": optax.tree.norm(params),
             "learning_rate": blueprint.schedule(state.step),
         }
-        new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, rng=state.rng)
-        return new, metrics
+        new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+        return guarded(guard, state, new, metrics) if guard.active else (new, metrics)
 
     shardings = jax.tree.map(lambda x: x.sharding, blueprint.abstract)
     return jax.jit(

@@ -154,6 +154,7 @@ def test_a_model_is_loaded_from_the_last_good_one(two_checkpoints, states, tmp_p
     np.testing.assert_array_equal(model.embedding[...], states[1].params["embedding"])
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_run_goes_on_past_a_damaged_checkpoint(config, tmp_path, capsys):
     """And ends as it would have, though it comes to the damaged step a second time."""
     straight, damaged = tmp_path / "straight", tmp_path / "damaged"
