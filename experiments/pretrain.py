@@ -8,6 +8,7 @@ started again goes on from the newest checkpoint in --workdir.
 
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -59,8 +60,9 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     if jax.process_index() == 0:
         report(summary)
-    if summary.stopped_by:
-        sys.exit(128 + summary.stopped_by)  # the shell's convention
+    # A cluster that takes the machine away (SIGTERM) is not to hear of a failure: all is saved.
+    if summary.stopped_by == signal.SIGINT:
+        sys.exit(128 + signal.SIGINT)  # the shell's convention
 
 
 def report(summary: Summary) -> None:

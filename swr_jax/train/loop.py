@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from swr_jax.data import make_dataset, open_corpus
 from swr_jax.generate import generate_text
+from swr_jax.train.agreement import check_agreement
 from swr_jax.train.checkpoint import Checkpointer
 from swr_jax.train.config import GuardConfig, TrainConfig
 from swr_jax.train.evaluation import evaluate, unigram_bits_per_byte, validation_batches
@@ -87,8 +88,10 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
         NonFiniteError: the loss, the gradient or a parameter is not finite, or the loss had a
             spike, and `config.guard` has no way on. The message says at which step; the newest
             checkpoint is from before it.
-        ValueError: the configuration does not fit the devices, the data or the checkpoint.
+        ValueError: the configuration does not fit the devices, the data or the checkpoint, or is
+            not the same in all processes.
     """
+    check_agreement(config)
     is_main = jax.process_index() == 0
     say = tqdm.write if is_main else _say_nothing
 

@@ -102,8 +102,8 @@ def test_a_spike_is_a_loss_above_its_average_times_the_factor(config):
     accepted, refused = [], 0
     for seed in range(40):
 
-        def easy(batch, share=shares[seed]):
-            hard = np.random.default_rng(seed).random(batch["targets"].shape) > share
+        def easy(batch, seed=seed):
+            hard = np.random.default_rng(seed).random(batch["targets"].shape) > shares[seed]
             return batch | {"targets": np.where(hard, batch["targets"], 7)}
 
         metrics = updates(seed, easy)
