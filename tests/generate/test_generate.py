@@ -27,11 +27,11 @@ def model() -> LanguageModel:
     "pattern",
     [
         ("phalanx", "attention"),
-        ("swa", "phalanx"),
+        pytest.param(("swa", "phalanx"), marks=pytest.mark.slow),
         ("swa", "mlstm"),
         pytest.param(("mlstm", "swa"), marks=pytest.mark.slow),
         pytest.param(("mlstm",), marks=pytest.mark.slow),
-        ("swa", "gated_delta"),
+        pytest.param(("swa", "gated_delta"), marks=pytest.mark.slow),
     ],
 )
 def test_greedy_is_the_argmax_of_the_full_forward_pass_token_by_token(pattern):

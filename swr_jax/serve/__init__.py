@@ -1,0 +1,1 @@
+"""An HTTP server with the completions and chat format of OpenAI; `app` needs the extra `serve`."""
