@@ -56,7 +56,7 @@ test-oldest:
 
 test-parity:
 	$(MAKE) test VENV=.venv-parity EXTRAS=test,parity SELECTION="not targets" \
-		TESTS=tests/nn/test_convert_parity.py
+		TESTS="tests/nn/test_convert_parity.py tests/nn/test_convert_decoder_parity.py"
 
 test-harness:
 	$(MAKE) test VENV=.venv-harness EXTRAS=test,harness SELECTION="not targets" \

@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ import numpy as np
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "[CLS]")
 _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "[SEP]")
 _PAD_NAMES = ("<pad>", "<|pad|>", "<|finetune_right_pad_id|>", "[PAD]")
+_ROLES = {"bos": _BOS_NAMES, "eos": _EOS_NAMES, "pad": _PAD_NAMES}
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -136,9 +137,13 @@ class HuggingFaceTokenizer(_PieceTokenizer):
     """A Hugging Face `tokenizer.json`, read by the `tokenizers` package.
 
     Args:
-      path: the file. The tokens before and after a document are found by their usual names, such
-        as `<s>` or `<|endoftext|>`; one of the two serves as both if it is alone, and a vocabulary
-        that has neither gets one more id at its end.
+      path: the file.
+      special: tokens or ids to choose "bos", "eos" and "pad" from, the first that the vocabulary
+        has; None: none.
+
+    What `special` leaves open is found by the usual names, such as `<s>` or `<|endoftext|>`, among
+    the special tokens, or among all of them where no special one has such a name. One of the two
+    serves as both if it is alone, and a vocabulary that has neither gets one more id at its end.
 
     `token_bytes` is exact for byte-level vocabularies. Others stand for the text that they decode
     to in the middle of a document; what a normalizer changed cannot be known from ids.
@@ -149,7 +154,9 @@ class HuggingFaceTokenizer(_PieceTokenizer):
       ImportError: the package `tokenizers` is missing.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(
+        self, path: str | Path, *, special: Mapping[str, Sequence[str | int]] | None = None
+    ):
         package = _import_package("tokenizers", needed_for="tokenizer.json files")
         content = _read_file(path)
         try:
@@ -164,13 +171,14 @@ class HuggingFaceTokenizer(_PieceTokenizer):
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         pieces, strip_first_space = _hugging_face_pieces(tokenizer, vocabulary)
+        usual = _special_ids(tokenizer, vocabulary, {})
+        chosen = usual if special is None else _special_ids(tokenizer, vocabulary, special)
+        # Ids of text are the same whatever stands between documents.
+        between = "" if chosen == usual else str(chosen)
         super().__init__(
             pieces,
-            special=[
-                next((vocabulary[name] for name in names if name in vocabulary), None)
-                for names in (_BOS_NAMES, _EOS_NAMES, _PAD_NAMES)
-            ],
-            fingerprint=_fingerprint(content),
+            special=chosen,
+            fingerprint=_fingerprint(content + between.encode()),
             strip_first_space=strip_first_space,
         )
 
@@ -233,7 +241,11 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """Opens a tokenizer by name or file.
 
     Args:
-      name_or_path: "bytes", a Hugging Face `*.json` or a SentencePiece `*.model`.
+      name_or_path: "bytes", a Hugging Face `*.json` or a SentencePiece `*.model`, or the folder of
+        a checkpoint that has a tokenizer.json or a tokenizer.model. In a folder, the tokens before
+        and after a document are those that tokenizer_config.json names, else config.json by id;
+        of several ends the first. Qwen has no beginning of its own: its documents begin with the
+        <|endoftext|> that ends the one before, as in its pretraining.
 
     Raises:
       ValueError: another name, or a file that is missing or of another format.
@@ -241,6 +253,16 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """
     if str(name_or_path) == "bytes":
         return ByteTokenizer()
+    if Path(name_or_path).is_dir():
+        folder = Path(name_or_path)
+        if (folder / "tokenizer.json").exists():
+            return HuggingFaceTokenizer(folder / "tokenizer.json", special=_named_in(folder))
+        if (folder / "tokenizer.model").exists():
+            return SentencePieceTokenizer(folder / "tokenizer.model")
+        raise ValueError(
+            f"tokenizer={str(name_or_path)!r} is a folder without tokenizer.json and without "
+            "tokenizer.model; it must have one of them"
+        )
     suffix = Path(name_or_path).suffix
     if suffix == ".json":
         return HuggingFaceTokenizer(name_or_path)
@@ -248,7 +270,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         return SentencePieceTokenizer(name_or_path)
     raise ValueError(
         f"tokenizer={str(name_or_path)!r} must be 'bytes', a Hugging Face tokenizer.json "
-        "(*.json) or a SentencePiece model (*.model)"
+        "(*.json), a SentencePiece model (*.model) or the folder of one of them"
     )
 
 
@@ -284,6 +306,55 @@ def _read_file(path: str | Path) -> bytes:
 
 def _fingerprint(content: bytes) -> str:
     return "sha256:" + hashlib.sha256(content).hexdigest()
+
+
+def _named_in(folder: Path) -> dict[str, list[str | int]]:
+    """What a checkpoint's own files call its special tokens, the most certain first."""
+    found: dict[str, list[str | int]] = {role: [] for role in _ROLES}
+    for name, key in (
+        ("tokenizer_config.json", "token"),
+        ("special_tokens_map.json", "token"),
+        ("config.json", "token_id"),
+        ("generation_config.json", "token_id"),
+    ):
+        if not (folder / name).exists():
+            continue
+        try:
+            fields = json.loads(_read_file(folder / name))
+        except ValueError as error:
+            raise ValueError(f"{folder / name} is not JSON: {error}") from error
+        for role, candidates in found.items():
+            value = fields.get(f"{role}_{key}")
+            value = value.get("content") if isinstance(value, dict) else value
+            candidates += value if isinstance(value, list) else [value]
+    return found
+
+
+def _special_ids(
+    tokenizer: Any, vocabulary: dict[str, int], named: Mapping[str, Sequence[str | int | None]]
+) -> list[int | None]:
+    """Ids of "bos", "eos" and "pad", None for one that there is not."""
+    special = {
+        token.content: token_id
+        for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        if token.special
+    }
+    # Ordinary tokens may be called the same: Gemma has an <s> of HTML.
+    if special.keys().isdisjoint((*_BOS_NAMES, *_EOS_NAMES)):
+        special = vocabulary
+    usual = {
+        role: next((special[name] for name in names if name in special), None)
+        for role, names in _ROLES.items()
+    }
+    if usual["bos"] is None:
+        usual["bos"] = usual["eos"]
+    ids = set(vocabulary.values())
+
+    def first(role: str) -> int | None:
+        candidates = (vocabulary.get(x, x) for x in named.get(role, ()) if x is not None)
+        return next((x for x in candidates if x in ids), usual[role])
+
+    return [first(role) for role in _ROLES]
 
 
 def _metaspace_bytes(piece: str) -> bytes:
