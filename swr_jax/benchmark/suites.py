@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from swr_jax.benchmark import layers, recurrence, timing
+from swr_jax.benchmark import decoding, layers, recurrence, timing
 from swr_jax.benchmark.device import cells, check, decode, speed, training, tuning
 from swr_jax.benchmark.device import layers as device_layers
 from swr_jax.benchmark.device import recurrence as device_recurrence
@@ -151,4 +151,15 @@ DEVICE = {
     ),
 }
 
-SUITES = {"cpu": CPU, "device": DEVICE}
+DECODE = {
+    "context": Section(
+        run=lambda sizes, _: decoding.run(sizes),
+        full=decoding.FULL,
+        tiny=decoding.TINY,
+        references=decoding.REFERENCES,
+        shapes="one stream, width 256, 4 mixers, attention heads of 64 and windows of 512, float32",
+        description=decoding.__doc__,
+    ),
+}
+
+SUITES = {"cpu": CPU, "device": DEVICE, "decode": DECODE}
