@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def dense_attention(q, k, v, window=None, segment_ids=None, cotangent=None):
+def dense_attention(
+    q, k, v, window=None, segment_ids=None, cotangent=None, *, scale=None, soft_cap=None
+):
     """Masked softmax attention in float64 NumPy, with every weight written out.
 
     Returns the output and, with a cotangent, the gradients of (output * cotangent).sum().
@@ -12,8 +14,12 @@ def dense_attention(q, k, v, window=None, segment_ids=None, cotangent=None):
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     queries, keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k_all, v_all = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
-    scale = q.shape[3] ** -0.5
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     logits = np.einsum("btnd,bsnd->bnts", q, k_all) * scale
+    slope = 1.0
+    if soft_cap is not None:
+        capped = np.tanh(logits / soft_cap)
+        logits, slope = soft_cap * capped, 1 - capped**2
     distance = np.arange(keys - queries, keys)[:, None] - np.arange(keys)
     visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     visible = np.broadcast_to(visible, logits.shape)
@@ -30,7 +36,8 @@ def dense_attention(q, k, v, window=None, segment_ids=None, cotangent=None):
         return out
     cotangent = np.asarray(cotangent, np.float64)
     d_weights = np.einsum("btnd,bsnd->bnts", cotangent, v_all)
-    d_logits = weights * (d_weights - (weights * d_weights).sum(axis=-1, keepdims=True)) * scale
+    d_logits = weights * (d_weights - (weights * d_weights).sum(axis=-1, keepdims=True))
+    d_logits = d_logits * slope * scale
     d_q = np.einsum("bnts,bsnd->btnd", d_logits, k_all)
     d_k = np.einsum("bnts,btnd->bsnd", d_logits, q)
     d_v = np.einsum("bnts,btnd->bsnd", weights, cotangent)

@@ -98,6 +98,7 @@ def test_what_cudnn_cannot_do_goes_to_xla(calls_of_cudnn, monkeypatch):
     q, k, v = inputs(40)
     sliding_window_attention(q, k, v, window=7, segment_ids=jnp.zeros((2, 40), int))
     sliding_window_attention(q[:, :20], k, v, window=7)
+    sliding_window_attention(q, k, v, window=7, logits_soft_cap=2.0)
     sliding_window_attention(*(x[..., :3] for x in (q, k, v)), window=7)
     sliding_window_attention(*(x.astype(jnp.float32) for x in (q, k, v)), window=7)
     monkeypatch.setattr(jax, "devices", lambda: [Device("gpu", "7.5")])
