@@ -16,6 +16,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from swr_jax.train.checkpoint import UnwrittenCheckpointError
 from swr_jax.train.config import make_train_config
 from swr_jax.train.loop import NonFiniteError, Summary, train
 
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
         jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     try:
         summary = train(make_train_config(CONFIG.value.to_dict()), Path(WORKDIR.value))
-    except (ImportError, NonFiniteError, ValueError) as error:
+    except (ImportError, NonFiniteError, UnwrittenCheckpointError, ValueError) as error:
         sys.exit(f"error: {error}")
     if jax.process_index() == 0:
         report(summary)

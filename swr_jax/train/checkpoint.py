@@ -1,7 +1,8 @@
 """Checkpoints from which a run goes on as if it had never stopped."""
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ class CorruptCheckpointError(ValueError):
     """A checkpoint cannot be read, or does not hold what was saved."""
 
 
+class UnwrittenCheckpointError(OSError):
+    """A checkpoint could not be written: the disk is full, or gone."""
+
+
 class Checkpointer:
     """Saves and restores training states in the folder `checkpoints` of `workdir`, one per step.
 
@@ -43,7 +48,9 @@ class Checkpointer:
     repeated or left out.
     With them are kept the fingerprints of all, so that damage on the disk does not go unseen.
     Saving is asynchronous, and a checkpoint whose writing was cut off is never taken for a whole
-    one. Use it as a context manager: leaving it waits for the last write.
+    one. Use it as a context manager: leaving it waits for the last write. What cannot be written
+    raises UnwrittenCheckpointError, from whichever method is called next; the checkpoints before it
+    stay as they are.
     """
 
     def __init__(self, workdir: Path, *, keep: int) -> None:
@@ -55,12 +62,33 @@ class Checkpointer:
                 cleanup_tmp_directories=True,
             ),
         )
+        self._begun: int | None = None  # step of the checkpoint that was begun last
 
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        told = kind is not None and issubclass(kind, UnwrittenCheckpointError)
+        said_before = (UnwrittenCheckpointError,) if told else ()
+        with contextlib.suppress(*said_before), self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            # Of any class, as in `_damage`; orbax raises what went wrong in its threads here.
+            newest = max(self._manager.all_steps(read=True), default=None)
+            kept = (
+                "There is none before it"
+                if newest is None
+                else (f"The newest checkpoint is of step {newest}: {self.directory}")
+            )
+            raise UnwrittenCheckpointError(
+                f"the checkpoint of step {self._begun} could not be written: "
+                f"{_in_short(error)}. {kept}. Make room on the disk, then start the same command"
+            ) from error
 
     def latest_step(self) -> int | None:
         """Step of the newest whole checkpoint, None when there is none."""
@@ -89,18 +117,23 @@ class Checkpointer:
             "data": fingerprint_of_json(data),
             "config": fingerprint_of_json(run),
         }
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                **{name: ocp.args.StandardSave(item) for name, item in arrays.items()},
-                data=ocp.args.JsonSave(data),
-                config=ocp.args.JsonSave({"config": run, "fingerprints": saved}),
-            ),
-        )
+        with self._writing():  # the checkpoint before this one, until it is finished
+            self._manager.wait_until_finished()
+        self._begun = step
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{name: ocp.args.StandardSave(item) for name, item in arrays.items()},
+                    data=ocp.args.JsonSave(data),
+                    config=ocp.args.JsonSave({"config": run, "fingerprints": saved}),
+                ),
+            )
 
     def wait(self) -> None:
         """Waits until every checkpoint started is written, and raises if one could not be."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def restore(
         self,
@@ -206,8 +239,12 @@ def _damage(path: Path, error: Exception) -> CorruptCheckpointError:
     It may be of any class: what damaged files make of JSON, of the metadata of arrays and of their
     contents has no class in common, and orbax raises `Exception` itself.
     """
+    return _corrupt(path, _in_short(error))
+
+
+def _in_short(error: Exception) -> str:
     message = str(error).partition("\n")[0]
-    return _corrupt(path, f"{type(error).__name__}: {message[:200]}")
+    return f"{type(error).__name__}: {message[:200]}"
 
 
 def _read_config(manager: ocp.CheckpointManager, step: int) -> tuple[TrainConfig, dict[str, Any]]:

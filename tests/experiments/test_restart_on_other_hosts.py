@@ -1,59 +1,15 @@
 """A run killed on two hosts goes on on one, and then on four, as if nothing had happened."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from training_processes import log_of, losses, newest_checkpoint, start
 
 from swr_jax.data.prepare import Preparation
 
-ROOT = Path(__file__).parents[2]
 EVERY = 6  # steps between checkpoints
-
-
-def start(workdir: Path, *options: str, hosts: int = 1) -> list[subprocess.Popen]:
-    """One process of one CPU device per host, all on this machine."""
-    command = [
-        sys.executable,
-        str(ROOT / "experiments" / "pretrain.py"),
-        f"--config={ROOT}/experiments/configs/phalanx_tiny.py",
-        f"--workdir={workdir}",
-        *options,
-    ]
-    if hosts > 1:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        command += ["--distributed", f"--coordinator=localhost:{port}", f"--num_processes={hosts}"]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    }
-    processes = []
-    for index in range(hosts):
-        log = open(workdir.with_name(f"{workdir.name}.{hosts}.{index}.log"), "w")  # noqa: SIM115
-        own = [f"--process_id={index}"] if hosts > 1 else []
-        processes.append(
-            subprocess.Popen([*command, *own], stdout=log, stderr=log, env=environment)
-        )
-    return processes
-
-
-def losses(workdir: Path) -> dict[int, float]:
-    path = workdir / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
-
-
-def newest_checkpoint(workdir: Path) -> int:
-    return max((int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*[0-9]")), default=0)
 
 
 def train_past(step: int, workdir: Path, *options: str, hosts: int = 1) -> None:
@@ -97,7 +53,7 @@ def test_two_hosts_then_one_then_four(tmp_path):
         before = newest_checkpoint(run)
         train_past(before + EVERY, run, *options, hosts=hosts)
         if before:
-            said = run.with_name(f"run.{hosts}.0.log").read_text()
+            said = log_of(run, hosts=hosts).read_text()
             assert f"resumed from the checkpoint of step {before}" in said
     last = max(losses(run))
     train_past(last + EVERY, whole, *options)
