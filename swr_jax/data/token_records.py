@@ -89,8 +89,9 @@ class TokenRecords:
             self._records = array_record_data_source.ArrayRecordDataSource(names)
             documents = len(self._records)
         except RuntimeError as error:
+            damaged = ", ".join(damaged_files(self.folder, metadata)) or "a shard"
             raise ValueError(
-                f"a shard in {self.folder} is not an ArrayRecord file: {error}; {_AGAIN}"
+                f"{self.folder} is damaged: {damaged} cannot be opened: {error}; {_AGAIN}"
             ) from error
         if documents != len(self):
             raise ValueError(
