@@ -28,7 +28,14 @@ from swr_jax.nn.convert_files import (
     stored_tensors,
     write_checkpoint,
 )
-from swr_jax.nn.convert_tensors import Layout, assemble, check_tensors, is_tied, take_apart
+from swr_jax.nn.convert_tensors import (
+    UNEMBEDDING,
+    Layout,
+    assemble,
+    check_tensors,
+    is_tied,
+    take_apart,
+)
 from swr_jax.nn.convert_transformer import TRANSFORMERS
 from swr_jax.nn.convert_xlstm import XLSTM
 from swr_jax.nn.language_model import LanguageModel, LanguageModelConfig
@@ -215,7 +222,9 @@ def _convert(
     config = dataclasses.replace(layout.config(fields), dtype=dtype, param_dtype=param_dtype)
     config = dataclasses.replace(config, tie_embeddings=is_tied(layout, config, tensors))
     sources = layout.sources(config, fields)
-    check_tensors(config, sources, tensors, layout.is_ignored)
+    # An unembedding that is tied may be written out all the same.
+    spare = {UNEMBEDDING} if config.tie_embeddings else set()
+    check_tensors(config, sources, tensors, lambda name: name in spare or layout.is_ignored(name))
     return config, assemble(config, sources, tensors)
 
 

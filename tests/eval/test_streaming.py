@@ -138,6 +138,16 @@ def test_bounded_attention_sees_its_window_and_no_further(hybrid):
     assert (moved[1][reach + 1 :] == 0).all()
 
 
+def test_bounded_attention_keeps_its_positions():
+    """A base for windows, of which the model has none, is not that of its full attention."""
+    model = make_model("attention", rope_base=50.0, rope_local_base=10_000.0)
+    tokens = jnp.asarray(texts(8))
+    run = jax.jit(lambda model: model(tokens))
+    np.testing.assert_allclose(run(bounded_attention(model, 8)), run(model), atol=1e-6)
+    with pytest.raises(ValueError, match=r"rope_local_base=50\.0; the model's windowed attention"):
+        bounded_attention(make_model("swa", "attention", rope_local_base=50.0), 7)
+
+
 def test_errors_name_argument_and_rule(hybrid):
     with pytest.raises(ValueError, match="chunk_size=24; it must be a power of two"):
         Streamer(hybrid, chunk_size=24)

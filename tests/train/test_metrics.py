@@ -120,6 +120,17 @@ def test_flops_count_parameters_and_the_pairs_that_attention_sees():
     assert flops_per_token(config, num_params=1000, length=length) == pytest.approx(expected)
 
 
+def test_flops_of_heads_count_their_own_features():
+    # Four times the features / num_heads that they would have.
+    config = LanguageModelConfig(
+        vocab_size=10, features=8, depth=2, pattern=("attention",), num_heads=2, head_dim=16
+    )
+    pairs = 12 * 13 / 2
+    attention = 2 * pairs * (2 * 16) * 2 * 2 * 3 / 12
+    expected = 6 * 1000 + attention
+    assert flops_per_token(config, num_params=1000, length=12) == pytest.approx(expected)
+
+
 def test_flops_count_what_matrix_memories_do():
     features, heads = 48, 3
     config = LanguageModelConfig(

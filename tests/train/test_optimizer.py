@@ -12,7 +12,7 @@ from flax import nnx
 from swr_jax.nn.language_model import LanguageModel
 from swr_jax.train.config import MeshConfig, OptimizerConfig
 from swr_jax.train.optimizer import decay_mask, learning_rate_schedule
-from swr_jax.train.sharding import logical_axes, make_mesh
+from swr_jax.train.sharding import logical_axes, make_mesh, param_shardings
 from swr_jax.train.state import make_blueprint
 
 
@@ -44,6 +44,24 @@ def test_only_matrices_that_are_no_gates_decay(config):
         "periods/0/mixer/decay/bias",
         "periods/0/mixer/pre_gate/kernel",
         "periods/0/mixer/post_gate/bias",
+    }
+
+
+def test_of_a_decoders_options_no_norm_and_no_bias_decays(config):
+    options = {"post_norms": True, "qk_norm": True, "norm_offset": 1.0}
+    biases = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
+    model = dataclasses.replace(config.model, pattern=("swa", "attention"), **options, **biases)
+    model = nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0)))
+    params = nnx.to_pure_dict(nnx.state(model))
+    axes = logical_axes(nnx.state(model))
+    assert (
+        len(jax.tree.leaves(param_shardings(params, axes, make_mesh(MeshConfig())))) == 2 * 20 + 2
+    )
+    decayed = {name for name, decays in paths(decay_mask(axes)).items() if decays}
+    kernels = ("mixer/query", "mixer/key", "mixer/value", "mixer/output")
+    kernels += ("mlp/gate", "mlp/up", "mlp/down")
+    assert decayed == {"embedding"} | {
+        f"periods/{block}/{name}/kernel" for block in (0, 1) for name in kernels
     }
 
 
