@@ -1,4 +1,4 @@
-"""A checkpoint goes from 8 devices to 4, to 1 and back to 8, on any mesh, with not one bit changed."""
+"""A checkpoint goes from 8 devices to 4, to 1 and to 8 again, on any mesh, without losing a bit."""
 
 import jax
 import jax.numpy as jnp
