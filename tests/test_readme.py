@@ -8,17 +8,55 @@ from pathlib import Path
 
 import pytest
 from absl import flags
+from flax import nnx
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from swr_jax.nn import LanguageModel, LanguageModelConfig
+from swr_jax.nn.convert import save_pretrained
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "experiments" / "results"
 
 
-def test_the_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def run_example(word):
+    """Run the example that has this word; return its names."""
+    examples = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (example,) = [example for example in examples if word in example]
     names = {}
     exec(compile(example, "README.md", "exec"), names)
+    return names
+
+
+def test_the_example_runs():
+    names = run_example("y_packed")
     assert names["y_packed"].shape == names["x"].shape == (2, 1000, 512)
+
+
+def test_the_example_of_pretrained_weights_runs(tmp_path, monkeypatch):
+    """With a small model of random numbers in the place of the published one."""
+    config = LanguageModelConfig(
+        vocab_size=300,
+        features=16,
+        depth=2,
+        pattern=("attention",),
+        num_heads=2,
+        qk_norm=True,
+        param_dtype="bfloat16",
+    )
+    monkeypatch.chdir(tmp_path)
+    save_pretrained(LanguageModel(config, rngs=nnx.Rngs(0)), "Qwen3-0.6B", model_type="qwen3")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save("Qwen3-0.6B/tokenizer.json")
+    names = run_example("load_pretrained")
+    assert names["logits"].shape == (1, 1 + len("The capital of France is"), 300)
+    assert names["prompt"][0] == tokenizer.token_to_id("<|endoftext|>")
+    for file in ("model.safetensors", "tokenizer.json"):
+        assert Path("mine", file).read_bytes() == Path("Qwen3-0.6B", file).read_bytes()
 
 
 @pytest.fixture(scope="module")
