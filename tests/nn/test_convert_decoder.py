@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from swr_jax.nn import LanguageModel, LanguageModelConfig, RopeScaling
+from swr_jax.nn import LanguageModel, LanguageModelConfig, RopeScaling, num_parameters
 from swr_jax.nn.convert import (
     MODEL_TYPES,
     convert_pretrained,
@@ -23,6 +23,7 @@ from swr_jax.nn.convert import (
     load_xlstm,
     save_pretrained,
 )
+from swr_jax.nn.convert_transformer import TRANSFORMERS
 
 SIZES = {
     "vocab_size": 29,
@@ -517,6 +518,89 @@ def test_a_model_that_was_changed_keeps_what_is_no_arithmetic(tmp_path):
         assert (written["eos_token_id"], "made_up" in written) == (7, False)
         assert getattr(load_pretrained(tmp_path / name)[0], name) == value
         assert stored(tmp_path / name) == stored(source)
+
+
+# Fields of published checkpoints, and how many numbers these have.
+PUBLISHED = {
+    "Llama-3.1-8B": (
+        {
+            **{"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096},
+            **{"intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+            **{"num_key_value_heads": 8, "rope_theta": 500000.0, "pretraining_tp": 1},
+            **{"rope_scaling": FIELDS["llama"]["rope_scaling"], "attention_bias": False},
+            **{"mlp_bias": False, "attention_dropout": 0.0, "max_position_embeddings": 131072},
+        },
+        8_030_261_248,
+        ("attention",),
+    ),
+    "Mistral-7B-v0.1": (
+        {
+            **{"model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096},
+            **{"intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+            **{"num_key_value_heads": 8, "sliding_window": 4096, "torch_dtype": "bfloat16"},
+        },
+        7_241_732_096,
+        ("swa",),
+    ),
+    "Qwen2.5-0.5B": (
+        {
+            **{"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896},
+            **{"intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+            **{"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 1000000.0},
+            **{"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 24},
+        },
+        494_032_768,
+        ("attention",),
+    ),
+    "Qwen3-0.6B": (
+        {
+            **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024},
+            **{"intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+            **{"num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True},
+            **{"use_sliding_window": False, "sliding_window": None, "rope_scaling": None},
+        },
+        596_049_920,
+        ("attention",),
+    ),
+    "gemma-2b": (
+        {
+            **{"model_type": "gemma", "vocab_size": 256000, "hidden_size": 2048},
+            **{"intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8},
+            **{"num_key_value_heads": 1, "head_dim": 256, "hidden_act": "gelu"},
+        },
+        2_506_172_416,
+        ("attention",),
+    ),
+    "gemma-2-9b": (
+        {
+            **{"model_type": "gemma2", "vocab_size": 256000, "hidden_size": 3584},
+            **{"intermediate_size": 14336, "num_hidden_layers": 42, "num_attention_heads": 16},
+            **{"num_key_value_heads": 8, "head_dim": 256, "query_pre_attn_scalar": 256},
+            **{"sliding_window": 4096, "cache_implementation": "hybrid"},
+        },
+        9_241_705_984,
+        ("swa", "attention"),
+    ),
+    "gemma-3-1b": (
+        {
+            **{"model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 1152},
+            **{"intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4},
+            **{"num_key_value_heads": 1, "head_dim": 256, "query_pre_attn_scalar": 256},
+            **{"sliding_window": 512, "sliding_window_pattern": 6, "rope_theta": 1000000},
+            **{"rope_local_base_freq": 10000, "rope_scaling": None, "eos_token_id": [1, 106]},
+        },
+        999_885_952,
+        (*(("swa",) * 5 + ("attention",)) * 4, "swa", "swa"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_as_many_numbers_as_they_have(name):
+    fields, numbers, pattern = PUBLISHED[name]
+    config = TRANSFORMERS[fields["model_type"]].config(fields)
+    assert config.pattern == pattern
+    assert num_parameters(abstract(config)) == numbers
 
 
 def test_the_documentation_names_every_family():
