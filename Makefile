@@ -4,6 +4,7 @@
 # make test-oldest   what calls JAX most, and the same compilations, with the oldest JAX supported
 # make test-parity   imported weights against transformers, which needs torch
 # make test-harness  our models in lm-evaluation-harness, on tasks of our own, offline
+# make test-serve    the HTTP server, by the client whose format it speaks, on this machine
 # make plan      what a training run would take on a pod, from its compiler: ARGS='--config=...'
 # make report    what every kernel would take on Hopper and TPU chips, from their compilers
 # make lint      style
@@ -31,7 +32,7 @@ CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.12 python3.13 python3.14 python3 
 	$(wildcard $(HOME)/.local/share/uv/python/*/bin/python3) \
 	$(wildcard /opt/python*/bin/python3 /usr/local/bin/python3.1? /opt/homebrew/bin/python3.1?))
 
-.PHONY: train test test-all test-targets test-oldest test-parity test-harness report lint format clean
+.PHONY: train test test-all test-targets test-oldest test-parity test-harness test-serve report lint format clean
 
 train: $(VENV)/.train
 	$(VENV_PYTHON) experiments/pretrain.py --config=experiments/configs/phalanx_tiny.py \
@@ -61,6 +62,10 @@ test-parity:
 test-harness:
 	$(MAKE) test VENV=.venv-harness EXTRAS=test,harness SELECTION="not targets" \
 		TESTS=tests/eval/test_harness.py
+
+test-serve:
+	$(MAKE) test VENV=.venv-serve EXTRAS=test,serve,clients SELECTION="not targets" \
+		TESTS=tests/serve
 
 plan:
 	@$(MAKE) .venv-targets/.test VENV=.venv-targets EXTRAS=test,targets
@@ -101,4 +106,4 @@ $(VENV)/.test: pyproject.toml | $(VENV_PYTHON)
 	@touch $@ $(VENV)/.train
 
 clean:
-	rm -rf .venv .venv-targets .venv-oldest .venv-parity .venv-harness build *.egg-info
+	rm -rf .venv .venv-targets .venv-oldest .venv-parity .venv-harness .venv-serve build *.egg-info

@@ -5,7 +5,9 @@
 Compiles the very step that experiments/pretrain.py runs, with the chips' own compiler, on this
 machine's CPU. --mesh=fsdp=64,sequence=4 names the sizes of mesh axes (others 1; -1 takes what is
 left), --config.data.batch_size=512 and the like change the run. --sweep tries meshes and batch
-sizes and ranks them. Writes a JSON file, and a picture where several were planned. Predictions, not
+sizes and ranks them. --mode=decode plans the step of generation that gives each of --streams
+streams its next token after --context tokens, --mode=prefill the one that reads --chunk tokens of
+each prompt. Writes a JSON file, and a picture where several were planned. Predictions, not
 measurements: swr_jax/train/plan.py says what they are made of.
 """
 
@@ -23,7 +25,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from swr_jax.benchmark import report
-from swr_jax.train.config import make_train_config
+from swr_jax.train.config import TrainConfig, make_train_config
+from swr_jax.train.inference_plan import make_inference_plan
 from swr_jax.train.plan import make_plan, parse_topology
 
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -39,6 +42,10 @@ flags.mark_flag_as_required("topology")
 MESH = flags.DEFINE_string("mesh", "", "Such as fsdp=64,tensor=4; none: the configuration's.")
 TOKENS = flags.DEFINE_float("tokens", 100e9, "Tokens to train on, to say how long it would take.")
 SWEEP = flags.DEFINE_bool("sweep", False, "Try meshes and batch sizes, and rank them.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "decode", "prefill"], "Which step to plan.")
+STREAMS = flags.DEFINE_integer("streams", 16, "Streams side by side, of decode and prefill.", 1)
+CONTEXT = flags.DEFINE_integer("context", 8192, "Tokens that full attention has room for.", 1)
+CHUNK = flags.DEFINE_integer("chunk", 512, "Tokens of each prompt that prefill reads at once.", 1)
 OUT = flags.DEFINE_string("out", "", "JSON file to write; a picture goes beside it.")
 
 
@@ -56,12 +63,13 @@ def main(argv: list[str]) -> None:
         for topology in TOPOLOGY.value:
             parse_topology(topology)
             for changed in candidates(values):
-                plan = make_plan(make_train_config(changed), topology)
+                plan = plan_of(make_train_config(changed), topology)
                 plans.append({"config": name} | plan)
                 print(plan_report.text(plans[-1], TOKENS.value), flush=True)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    if len(plans) > 1:
+    compared = MODE.value == "train" and len(plans) > 1
+    if compared:
         print(f"\n{plan_report.ranking(plans)}")
     if OUT.value:
         path = Path(OUT.value)
@@ -69,16 +77,30 @@ def main(argv: list[str]) -> None:
         record = {"environment": report.environment(sys.argv[1:]), "plans": plans}
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(f"wrote {path}")
-        if len(plans) > 1:
+        if compared:
             plan_report.draw(record, path.with_suffix(".png"))
             print(f"wrote {path.with_suffix('.png')}")
+
+
+def plan_of(config: TrainConfig, topology: str) -> dict:
+    """Returns what the step of the chosen mode would take."""
+    if MODE.value == "train":
+        return make_plan(config, topology)
+    return make_inference_plan(
+        config,
+        topology,
+        mode=MODE.value,
+        streams=STREAMS.value,
+        context=CONTEXT.value,
+        chunk=CHUNK.value,
+    )
 
 
 def candidates(values: dict) -> list[dict]:
     """Returns the configuration with the mesh asked for; with --sweep, with several."""
     if MESH.value:
         values = with_mesh(values, parse_mesh(MESH.value))
-    if not SWEEP.value:
+    if not SWEEP.value or MODE.value != "train":
         return [values]
     rows = values["data"]["batch_size"]
     return [

@@ -3,47 +3,29 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 DAY = 86_400
 
 
 def text(plan: Mapping, tokens: float) -> str:
     """A paragraph of figures."""
-    mesh, held = _mesh(plan), plan["held"]
     lines = [
-        f"\n{plan['topology']} ({plan['devices']} devices): {mesh}",
+        f"\n{plan['topology']} ({plan['devices']} devices): {_mesh(plan)}",
         f"  model           {plan['parameters']:,} parameters",
-        f"  update          {plan['rows']} rows of {plan['length']:,} tokens = "
-        f"{plan['tokens_per_update']:,}",
     ]
-    limit = plan["memory_limit"] / GIB
-    kept = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in held.items())
-    if plan["memory"] is None:
-        lines.append(f"  memory          DOES NOT FIT {limit:.0f} GiB ({kept})")
-    else:
-        temporary = f", temporary {plan['temporary'] / GIB:.2f}" if "temporary" in plan else ""
-        fits = "" if plan["fits"] else "  DOES NOT FIT"
-        lines.append(
-            f"  memory          {plan['memory'] / GIB:.2f} of {limit:.0f} GiB "
-            f"({kept}{temporary}){fits}"
-        )
+    if "mode" in plan:
+        return "\n".join([*lines, *_inference(plan)])
+    lines.append(
+        f"  update          {plan['rows']} rows of {plan['length']:,} tokens = "
+        f"{plan['tokens_per_update']:,}"
+    )
+    lines.append(_memory(plan))
     model = plan["flops_per_token"] * plan["tokens_per_update"]
     lines.append(
         f"  matrix products {plan['traced_flops'] / 1e15:,.2f} PFLOP an update, "
         f"{plan['traced_flops'] / model:.2f} x the model's"
     )
-    for kind, found in plan.get("collectives", {}).items():
-        lines.append(
-            f"  {kind:15} {found['calls']:,} x, {found['bytes'] / GIB:.3f} GiB, "
-            f"{found['seconds'] * 1e3:.1f} ms"
-        )
-    for name, found in plan.get("kernels", {}).items():
-        lines.append(
-            f"  kernel          {name} x {found['calls']}: {found['seconds'] * 1e3:.1f} ms"
-        )
-    for key in ("unknown_loops", "unestimated_operations"):
-        if plan.get(key):
-            lines.append(f"  TOO LOW BY      {plan[key]} {key.replace('_', ' ')}")
+    lines += _parts(plan)
     if "seconds" in plan:
         lines.append(
             f"  step            {plan['seconds'] * 1e3:,.0f} ms (all but collectives "
@@ -56,6 +38,56 @@ def text(plan: Mapping, tokens: float) -> str:
             f"billion tokens in {days:,.1f} days"
         )
     return "\n".join(lines)
+
+
+def _inference(plan: Mapping) -> list[str]:
+    """The rest of the paragraph, for a step of generation."""
+    does = "one token each" if plan["mode"] == "decode" else "a chunk of each prompt"
+    lines = [
+        f"  {plan['mode']:15} {plan['streams']} streams, {does} = {plan['tokens_per_step']:,} "
+        f"tokens; context {plan['context']:,}, state {plan['state_bytes_per_stream'] / MIB:,.2f} "
+        "MiB a stream",
+        _memory(plan),
+        *_parts(plan),
+        f"  floor           {plan['floor_seconds'] * 1e3:,.3f} ms to move parameters and states "
+        "once",
+    ]
+    if "seconds" in plan:
+        lines.append(
+            f"  step            {plan['seconds'] * 1e3:,.3f} ms "
+            f"({plan['seconds_if_overlapped'] * 1e3:,.3f} if collectives overlap), "
+            f"{plan['tokens_per_second']:,.0f} tokens/s"
+        )
+    return lines
+
+
+def _memory(plan: Mapping) -> str:
+    limit = plan["memory_limit"] / GIB
+    kept = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in plan["held"].items())
+    if plan["memory"] is None:
+        return f"  memory          DOES NOT FIT {limit:.0f} GiB ({kept})"
+    temporary = f", temporary {plan['temporary'] / GIB:.2f}" if "temporary" in plan else ""
+    fits = "" if plan["fits"] else "  DOES NOT FIT"
+    return (
+        f"  memory          {plan['memory'] / GIB:.2f} of {limit:.0f} GiB ({kept}{temporary}){fits}"
+    )
+
+
+def _parts(plan: Mapping) -> list[str]:
+    lines = [
+        f"  {kind:15} {found['calls']:,} x, {found['bytes'] / GIB:.3f} GiB, "
+        f"{found['seconds'] * 1e3:.1f} ms"
+        for kind, found in plan.get("collectives", {}).items()
+    ]
+    lines += [
+        f"  kernel          {name} x {found['calls']}: {found['seconds'] * 1e3:.1f} ms"
+        for name, found in plan.get("kernels", {}).items()
+    ]
+    return lines + [
+        f"  TOO LOW BY      {plan[key]} {key.replace('_', ' ')}"
+        for key in ("unknown_loops", "unestimated_operations")
+        if plan.get(key)
+    ]
 
 
 def ranking(plans: Sequence[Mapping]) -> str:

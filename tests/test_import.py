@@ -13,9 +13,11 @@ HEAVY = {
     "safetensors",
     "sentencepiece",
     "tensorboardX",
+    "starlette",
     "tokamax",
     "tokenizers",
     "tqdm",
+    "uvicorn",
 }
 
 

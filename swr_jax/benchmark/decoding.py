@@ -94,17 +94,26 @@ def run(sizes: Sizes, models: dict[str, LanguageModel] | None = None) -> Iterato
     """Check all models, then time them by turns at every context.
 
     Yields:
-        "case", "tokens" (the context), "parameters" and "state_bytes" and "parameter_bytes" by
-        name, and what `timing.summarise` returns, each contestant with its "tokens_per_second".
+        "case", "tokens" (the context), "allocator", "parameters", "state_bytes" and
+        "parameter_bytes" by name, and what `timing.summarise` returns, each contestant with its
+        "tokens_per_second".
 
     Raises:
         OracleError: a greedy answer is not the argmax of the full forward pass.
     """
+    can_keep = timing.prepare_allocator()
     models = make_models(sizes) if models is None else models
     for name, model in models.items():
-        check(name, model, 2 * sizes.window + 5)
+        check(name, model, sizes.window + 5)
+    # Whoever generates keeps what was freed after a step for the next.
+    allocator = "kept" if can_keep and timing.keep_freed_memory() else "default"
     for context in sizes.contexts:
-        yield {"case": f"context {context}", "tokens": context, **_time(models, context, sizes)}
+        yield {
+            "case": f"context {context}",
+            "tokens": context,
+            "allocator": allocator,
+            **_time(models, context, sizes),
+        }
 
 
 def check(name: str, model: LanguageModel, length: int) -> None:

@@ -1,5 +1,6 @@
 """Generation from a language model's state: tokens, text, batches, saved streams, an engine."""
 
+from swr_jax.generate.conversation import Conversation
 from swr_jax.generate.engine import Engine, EngineFull, Piece, Request
 from swr_jax.generate.sampling import GREEDY, Sampling
 from swr_jax.generate.saved import SavedStreamError, TokenStream
@@ -10,6 +11,7 @@ from swr_jax.generate.tokens import generate_batch, generate_tokens
 __all__ = [
     "GREEDY",
     "Answer",
+    "Conversation",
     "Engine",
     "EngineFull",
     "Piece",

@@ -15,7 +15,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -95,23 +95,46 @@ def make_plan(config: TrainConfig, topology: str) -> dict[str, Any]:
         ),
     }
     step = make_train_step(blueprint, mesh, accumulation=config.accumulation, z_loss=config.z_loss)
+    found, program, cost = compile_step(
+        lambda: step.trace(blueprint.abstract, _batch(mesh, rows, length)), chip, devices[0]
+    )
+    plan |= found
+    return plan if program is None else plan | _times(plan, chip, program, cost)
+
+
+def compile_step(
+    trace: Callable[[], jax.stages.Traced], chip: targets.Chip, device: jax.Device
+) -> tuple[dict[str, Any], hlo.Program | None, Cost]:
+    """Compile a step for a chip, and say what memory it takes.
+
+    Args:
+        trace: returns the step, traced for arguments with shardings on the chip's devices.
+        chip: what is compiled for.
+        device: one of these devices.
+
+    Returns:
+        "fits", "memory", "traced_flops", and what else `make_plan` says of a compiled step; the
+        program, None if it does not fit; and what it computes.
+    """
     started = time.monotonic()
     # Which kernels there are, is asked of the default device.
-    with jax.default_device(devices[0]):
-        traced = step.trace(blueprint.abstract, _batch(mesh, rows, length))
+    with jax.default_device(device):
+        traced = trace()
         cost = traced_cost(traced)
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return plan | {"fits": False, "memory": _used(str(error)), "traced_flops": cost.flops}
-    plan["compile_seconds"] = time.monotonic() - started
+            memory = _used(str(error))
+            return {"fits": False, "memory": memory, "traced_flops": cost.flops}, None, cost
+    seconds = time.monotonic() - started
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     used += memory.output_size_in_bytes - memory.alias_size_in_bytes
     program = hlo.parse(compiled.as_text(), chip.platform)
-    plan |= {
+    found = {
+        "compile_seconds": seconds,
         "fits": used <= chip.memory_bytes,
         "memory": used,
         "temporary": memory.temp_size_in_bytes,
@@ -120,10 +143,28 @@ def make_plan(config: TrainConfig, topology: str) -> dict[str, Any]:
         "unknown_loops": len(program.unknown_loops) + cost.unknown_loops,
         "unestimated_operations": program.unestimated,
     }
-    return plan | _times(plan, chip, program, cost)
+    return found, program, cost
 
 
 def _times(plan: Mapping, chip: targets.Chip, program: hlo.Program, cost: Cost) -> dict[str, Any]:
+    found = step_times(chip, program, cost)
+    if "seconds" not in found:
+        return found
+    model_flops = plan["flops_per_token"] * plan["tokens_per_update"] / plan["devices"]
+    return found | {
+        "tokens_per_second": plan["tokens_per_update"] / found["seconds"],
+        "mfu": model_flops / found["seconds"] / chip.matrix_flops_per_second,
+    }
+
+
+def step_times(chip: targets.Chip, program: hlo.Program, cost: Cost) -> dict[str, Any]:
+    """Predict how long a compiled step takes, by its parts: see the module.
+
+    Returns:
+        "kernels" and "collectives" by name and kind; and on TPUs, whose compiler estimates the
+        rest, "xla_seconds", "compute_seconds", "collective_seconds", "seconds" and
+        "seconds_if_overlapped".
+    """
     kernels: dict[str, dict[str, float]] = {}
     for kernel in cost.kernels:
         total = kernels.setdefault(kernel.name, {"calls": 0, "seconds": 0.0})
@@ -149,16 +190,12 @@ def _times(plan: Mapping, chip: targets.Chip, program: hlo.Program, cost: Cost) 
         return found
     compute = program.cycles / chip.clock_hz + sum(k["seconds"] for k in kernels.values())
     links = sum(c["seconds"] for c in collectives.values())
-    seconds = compute + links
-    model_flops = plan["flops_per_token"] * plan["tokens_per_update"] / plan["devices"]
     return found | {
         "xla_seconds": program.cycles / chip.clock_hz,
         "compute_seconds": compute,
         "collective_seconds": links,
-        "seconds": seconds,
+        "seconds": compute + links,
         "seconds_if_overlapped": max(compute, links),
-        "tokens_per_second": plan["tokens_per_update"] / seconds,
-        "mfu": model_flops / seconds / chip.matrix_flops_per_second,
     }
 
 

@@ -21,20 +21,21 @@ openai = pytest.importorskip("openai", reason="needs the extra 'clients'; see ma
 pytest.importorskip("uvicorn", reason="needs the extra 'serve'; see make test-serve")
 
 ROOT = Path(__file__).parents[2]
-SLOTS, WAITING, LENGTH = 3, 3, 512
+SLOTS, WAITING, LENGTH = 3, 3, 4096
 HELLO = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
-    """A run of two updates."""
+    """A run just long enough for documents not to end at once."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     text = folder.parent / "text.txt"
     text.write_text("All that is gold does not glitter.\n" * 4000)
     settings = {
-        "steps": 2, "data.source": text, "data.sequence_length": 64, "data.batch_size": 2,
+        "steps": 40, "optimizer.warmup_steps": 2, "optimizer.learning_rate": 0.01,
+        "data.source": text, "data.sequence_length": 64, "data.batch_size": 2,
         "data.validation_fraction": 0.1, "model.features": 32, "model.depth": 2,
-        "model.num_heads": 2, "eval_every": 2, "eval_batches": 1, "checkpoint_every": 2,
+        "model.num_heads": 2, "eval_every": 40, "eval_batches": 1, "checkpoint_every": 40,
         "sample_tokens": 0,
     }  # fmt: skip
     call = [sys.executable, ROOT / "experiments" / "pretrain.py", f"--workdir={folder}"]
@@ -133,7 +134,7 @@ def test_a_completion_is_what_the_library_says(server, text_of):
 
 
 def test_a_stream_is_the_same_in_pieces(server):
-    options = {"max_tokens": 60, "seed": 4, "n": 2}
+    options = {"max_tokens": 60, "seed": 4, "n": 2, "temperature": 0.5}
     whole = server.complete(**options)
     stream = list(server.complete(stream=True, stream_options={"include_usage": True}, **options))
     texts, ends = ["", ""], [None, None]
@@ -186,7 +187,7 @@ def test_clients_at_once_get_what_each_gets_alone(server):
 
 def test_more_clients_than_there_is_room_for_are_told_to_come_back(server):
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
-        calls = [pool.submit(server.complete, max_tokens=400) for _ in range(12)]
+        calls = [pool.submit(server.complete, max_tokens=2000, temperature=0) for _ in range(12)]
         errors = [error for call in calls if (error := call.exception())]
     assert errors
     assert {type(error) for error in errors} == {openai.RateLimitError}
@@ -246,20 +247,20 @@ def test_the_model_is_listed(server):
 
 
 def test_a_client_that_goes_frees_its_slot(server):
-    stream = server.complete(max_tokens=490, stream=True)
+    stream = server.complete(max_tokens=4000, temperature=0, stream=True)
     next(iter(stream))
     assert server.health()["running"] == 1
     stream.close()
     impatient = server.client.with_options(timeout=0.2)
     with pytest.raises(openai.APITimeoutError):
-        impatient.completions.create(model="tiny", prompt=["a"] * 5, max_tokens=490)
+        impatient.completions.create(model="tiny", prompt=["a"] * 5, max_tokens=4000, temperature=0)
     server.until_idle()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_a_stream_end_and_the_server_exits_well(checkpoint, number):
     running = Running(checkpoint, "--grace=60")
-    stream = iter(running.complete(max_tokens=300, stream=True))
+    stream = iter(running.complete(max_tokens=300, temperature=0, stream=True))
     chunks = [next(stream)]
     running.process.send_signal(number)
     chunks += stream
@@ -270,7 +271,7 @@ def test_a_signal_lets_a_stream_end_and_the_server_exits_well(checkpoint, number
 
 def test_after_the_grace_a_stream_ends_with_an_error(checkpoint):
     running = Running(checkpoint, "--grace=0")
-    stream = iter(running.complete(max_tokens=500, stream=True))
+    stream = iter(running.complete(max_tokens=4000, temperature=0, stream=True))
     next(stream)
     running.process.send_signal(signal.SIGTERM)
     with pytest.raises(openai.APIError, match="shut down before the answer was complete"):
