@@ -54,14 +54,17 @@ def test_key_value_heads_serve_consecutive_query_heads(heads, kv_heads):
     check(arrays, found, window=7, **CAPPED)
 
 
-@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 100])
 def test_long_sequences_go_chunk_by_chunk(window):
     arrays = inputs(1301, batch=1, heads=2, kv_heads=1)
     found = jax.jit(functools.partial(out_and_gradients, window=window, **OPTIONS))(*arrays)
     check(arrays, found, window=window, **CAPPED)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 8e-3), ("float16", 1e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [("bfloat16", 8e-3), pytest.param("float16", 1e-3, marks=pytest.mark.slow)],
+)
 def test_half_precision_costs_only_its_own_rounding(dtype, tolerance):
     arrays = inputs(40, dtype=dtype)
     found = jax.jit(functools.partial(out_and_gradients, window=None, **OPTIONS))(*arrays)
@@ -95,7 +98,7 @@ def test_a_mesh_computes_the_same(window):
     check(arrays, found, window=window, **CAPPED)
 
 
-@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("window", [None, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_tpu_has_kernels_for_it(monkeypatch, window):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     rng = np.random.default_rng(0)
@@ -108,6 +111,7 @@ def test_a_tpu_has_kernels_for_it(monkeypatch, window):
     check(arrays, found, window=window, tolerance=2e-2, scale=0.1, soft_cap=1.5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="needs tokamax")
 def test_tokamax_is_told_of_it():
     arrays = inputs(40)
