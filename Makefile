@@ -47,7 +47,7 @@ test-all:
 # The compilers of other chips stay out of .venv: with them, plain `import jax` looks for a TPU.
 test-targets:
 	$(MAKE) test VENV=.venv-targets EXTRAS=test,targets SELECTION="targets and not slow" \
-		TESTS=tests/pallas_kernels
+		TESTS="tests/pallas_kernels tests/experiments/test_docs.py"
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest EXTRAS=test,targets SELECTION="not slow" \

@@ -2,13 +2,13 @@
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from cluster_stand_ins import StandIns
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "experiments" / "launch"
@@ -25,52 +25,14 @@ TINY = (
     "--config.sample_tokens=0",
 )
 
-# Starts a command once per host, each told what Slurm tells, and fails if one of them does.
-ONCE_PER_HOST = """
-import os, subprocess, sys
-hosts, folders, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
-running = []
-for host in range(hosts):
-    told = {
-        "SLURM_JOB_ID": "@JOB@", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(hosts),
-        "SLURM_PROCID": str(host), "SLURM_LOCALID": "0", "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    }
-    home = os.path.join(folders, str(host)) if folders else os.getcwd()
-    os.makedirs(home, exist_ok=True)
-    running.append(subprocess.Popen(command, env=os.environ | told, cwd=home))
-sys.exit(max(process.wait() for process in running))
-"""
-
-
-def stand_in(folder: Path, name: str, script: str) -> None:
-    path = folder / name
-    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
-    path.chmod(0o755)
-
 
 @pytest.fixture
-def commands(tmp_path) -> Path:
-    """A folder of stand-ins that comes first on PATH."""
-    folder = tmp_path / "commands"
-    folder.mkdir()
-    job = str(os.getpid() % 4096)  # a port is made of it
-    (folder / "once_per_host.py").write_text(ONCE_PER_HOST.replace("@JOB@", job))
-    return folder
+def stand_ins(tmp_path) -> StandIns:
+    return StandIns(tmp_path / "commands")
 
 
-def launch(script: str, commands: Path, *arguments: str, **variables: str):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | variables
-    environment["PATH"] = f"{commands}{os.pathsep}{os.environ['PATH']}"
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    return subprocess.run(
-        ["bash", str(LAUNCH / script), *arguments],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def launch(script: str, stand_ins: StandIns, *arguments: str, **variables: str):
+    return stand_ins.run("bash", str(LAUNCH / script), *arguments, **variables)
 
 
 def steps(workdir: Path) -> list[int]:
@@ -79,18 +41,16 @@ def steps(workdir: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_slurm_trains_on_all_nodes(commands, tmp_path):
-    stand_in(commands, "make", "exit 0")
-    python = shlex.quote(sys.executable)
-    stand_in(
-        commands,
+def test_slurm_trains_on_all_nodes(stand_ins, tmp_path):
+    stand_ins.add("make", "exit 0")
+    stand_ins.add(
         "srun",
         f'[ "$1" = --kill-on-bad-exit=1 ] || exit 9; shift; '
-        f'exec {python} {commands}/once_per_host.py 2 "" "$@"',
+        f'exec {stand_ins.once_per_host} 2 "" "$@"',
     )
     done = launch(
         "slurm.sbatch",
-        commands,
+        stand_ins,
         *TINY,
         CONFIG="phalanx_tiny",
         WORKDIR=str(tmp_path / "run"),
@@ -102,35 +62,12 @@ def test_slurm_trains_on_all_nodes(commands, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_tpu_pod_trains_on_all_workers(commands, tmp_path):
-    python, bucket = shlex.quote(sys.executable), tmp_path / "bucket"
-    stand_in(commands, "sudo", '"$@"')
-    stand_in(commands, "mountpoint", "exit 1")
-    stand_in(commands, "gcsfuse", f'[ "$*" = "--implicit-dirs my-bucket {bucket}" ]')
-    stand_in(
-        commands,
-        "make",
-        f'[ "$*" = "--silent -C swr_jax .venv/.test EXTRAS=tpu,text" ] || exit 9; '
-        f"ln -s {shlex.quote(sys.prefix)} swr_jax/.venv",
-    )
-    stand_in(
-        commands,
-        "gcloud",
-        'printf "%s\\n" "$*" >> ' + f"{tmp_path}/calls\n"
-        'action="$4"; shift 4\n'
-        'for argument in "$@"; do\n'
-        '  case "$argument" in --command=*) run="${argument#*=}";; esac\n'
-        "done\n"
-        f"workers={tmp_path}/workers\n"
-        'case "$action" in\n'
-        '  scp) mkdir -p "$workers"/0 "$workers"/1\n'
-        '       cp "$1" "$workers/0/${2#*:}"; cp "$1" "$workers/1/${2#*:}";;\n'
-        f'  ssh) exec {python} {commands}/once_per_host.py 2 "$workers" bash -c "$run";;\n'
-        "esac",
-    )
+def test_a_tpu_pod_trains_on_all_workers(stand_ins, tmp_path):
+    bucket = tmp_path / "bucket"
+    stand_ins.add_tpu_pod(bucket, "my-bucket", tmp_path / "workers", tmp_path / "calls")
     done = launch(
         "tpu_pod.sh",
-        commands,
+        stand_ins,
         *TINY,
         TPU="my-pod",
         ZONE="us-east5-a",
@@ -153,8 +90,8 @@ def test_a_tpu_pod_trains_on_all_workers(commands, tmp_path):
     ("script", "missing"),
     [("slurm.sbatch", "CONFIG"), ("tpu_pod.sh", "TPU")],
 )
-def test_what_is_not_filled_in_is_named(script, missing, commands):
-    done = launch(script, commands)
+def test_what_is_not_filled_in_is_named(script, missing, stand_ins):
+    done = launch(script, stand_ins)
     assert done.returncode != 0
     assert f"{missing}: name " in done.stderr
 
