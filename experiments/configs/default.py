@@ -132,6 +132,17 @@ def get_config() -> ConfigDict:
     guard.max_in_a_row = 10  # left out one after the other, before the run stops
     guard.max_rollbacks = 3  # returns in the whole run, before it stops
 
+    # --- distillation: a model made of a trained one, with new mixers in the place of attention ---
+    config.distill = distill = ConfigDict()
+    distill.teacher = ""  # folder of the trained model's run; "": none, training from scratch
+    distill.teacher_step = optional(None)  # of its newest checkpoint; None: any, kept when resumed
+    distill.train = "new"  # what is updated: the "new" mixers or "all"
+    distill.init = "average"  # how Phalanx starts: from attention's projections, or "fresh"
+    distill.hidden = 10.0  # weight of the relative distance of new layers' outputs
+    distill.logits = 1.0  # weight of the divergence of predictions
+    distill.cross_entropy = 1.0  # weight of the ordinary loss
+    distill.temperature = 1.0  # of predictions in the divergence
+
     # --- mesh: the product of the four is the number of devices --------------------------------
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # copies of the model; -1: as many as devices are left

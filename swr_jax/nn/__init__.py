@@ -8,6 +8,7 @@ from swr_jax.nn.language_model import LanguageModel, LanguageModelConfig, num_pa
 from swr_jax.nn.mlstm import MLSTM
 from swr_jax.nn.phalanx import Phalanx
 from swr_jax.nn.rotary import RopeScaling
+from swr_jax.nn.swap import swap_mixers
 from swr_jax.nn.swax import SWAX
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "SwiGLU",
     "num_parameters",
     "rms_norm",
+    "swap_mixers",
 ]

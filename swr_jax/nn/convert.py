@@ -39,6 +39,7 @@ from swr_jax.nn.convert_tensors import (
 from swr_jax.nn.convert_transformer import TRANSFORMERS
 from swr_jax.nn.convert_xlstm import XLSTM
 from swr_jax.nn.language_model import LanguageModel, LanguageModelConfig
+from swr_jax.nn.swap import swap_mixers
 
 __all__ = [
     "MODEL_TYPES",
@@ -47,6 +48,7 @@ __all__ = [
     "load_pretrained",
     "load_xlstm",
     "save_pretrained",
+    "swap_mixers",
 ]
 
 _LAYOUTS: dict[str, Layout] = {**TRANSFORMERS, "xlstm": XLSTM}

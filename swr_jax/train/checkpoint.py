@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from swr_jax.nn.language_model import LanguageModel
+from swr_jax.nn.language_model import LanguageModel, LanguageModelConfig
 from swr_jax.train.config import TrainConfig, from_dict, to_dict
 from swr_jax.train.fingerprint import fingerprint_of_json, fingerprints
 from swr_jax.train.guard import init_guard
-from swr_jax.train.state import TrainState
+from swr_jax.train.state import Params, TrainState, abstract_model
 
 FOLDER = "checkpoints"  # of a run's folder
 # Options that do not change what a run computes, so that they may change when it is resumed.
@@ -146,10 +146,10 @@ class Checkpointer:
 
         Raises:
             CorruptCheckpointError: the checkpoint cannot be read, or has changed since it was made.
-            ValueError: its model or its data differ from `config`'s.
+            ValueError: its model, data or distillation differ from `config`'s.
         """
         saved, expected = _read_config(self._manager, step)
-        for part in ("model", "data"):
+        for part in ("model", "data", "distill"):
             was, now = (to_dict(getattr(either, part)) for either in (saved, config))
             _check_same(self.directory, part, was, now)
         arrays = {
@@ -340,6 +340,28 @@ def load_model(directory: Path) -> tuple[LanguageModel, TrainConfig, int]:
         CorruptCheckpointError: none of the checkpoints is whole.
         FileNotFoundError: there is no checkpoint in `directory`.
     """
+    params, config, step = load_params(directory, _on_default_device)
+    return nnx.merge(abstract_model(config.model)[0], params), config, step
+
+
+def _on_default_device(config: LanguageModelConfig) -> Params:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        nnx.to_pure_dict(abstract_model(config)[1]),
+    )
+
+
+def load_params(
+    directory: Path, abstract_params: Callable[[LanguageModelConfig], Params]
+) -> tuple[Params, TrainConfig, int]:
+    """The parameters of the newest checkpoint, its configuration and its step; see `load_model`.
+
+    Args:
+        directory: the `checkpoints` folder of a run, or the run's folder that holds it.
+        abstract_params: makes ShapeDtypeStructs of the model's configuration, each with its
+            sharding.
+    """
     directory = Path(directory).absolute()
     if (directory / FOLDER).is_dir():
         directory = directory / FOLDER
@@ -360,23 +382,12 @@ def load_model(directory: Path) -> tuple[LanguageModel, TrainConfig, int]:
         errors = []
         for step in steps:
             try:
-                return *_load_model(manager, step), step
+                config, expected = _read_config(manager, step)
+                item = ocp.args.StandardRestore(abstract_params(config.model))
+                return _read(manager, step, expected, params=item)["params"], config, step
             except CorruptCheckpointError as error:
                 errors.append(str(error))
                 warnings.warn(f"{error}; trying the one before it", stacklevel=2)
     raise CorruptCheckpointError(
         f"none of the checkpoints in {directory} is whole: {'; '.join(errors)}"
     )
-
-
-def _load_model(manager: ocp.CheckpointManager, step: int) -> tuple[LanguageModel, TrainConfig]:
-    config, expected = _read_config(manager, step)
-    abstract = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
-    graphdef, variables = nnx.split(abstract, nnx.Param)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        nnx.to_pure_dict(variables),
-    )
-    restored = _read(manager, step, expected, params=ocp.args.StandardRestore(shapes))
-    return nnx.merge(graphdef, restored["params"]), config

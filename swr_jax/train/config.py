@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from swr_jax.data import DataConfig, load_tokenizer
 from swr_jax.nn.language_model import LanguageModelConfig
+from swr_jax.nn.swap import INITS
 
 
 def _require(condition: bool, name: str, value: Any, rule: str) -> None:
@@ -199,6 +200,47 @@ class GuardConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A model made of a trained one, its teacher, by new mixers in the place of attention.
+
+    teacher: folder of the teacher's training run; "": none, the model starts from nothing. Layers
+    whose mixer in `model.pattern` is not the teacher's are new, all else is as in the teacher.
+    teacher_step: step of the teacher's newest checkpoint; None: any, and the run's checkpoints
+    have it from then on, so that a run does not go on with a teacher that has learned more.
+    train: what is updated, the "new" mixers or "all". init: how Phalanx starts, as for
+    `swap_mixers`.
+
+    The loss is a weighted sum of means over targets. hidden: weight of the squared distance of a
+    new layer's block output from the teacher's, over the teacher's square, mean over new layers.
+    logits: weight of the divergence KL(teacher, student) of predictions at `temperature`, times
+    its square. cross_entropy: weight of the ordinary loss.
+    """
+
+    teacher: str = ""
+    teacher_step: int | None = None
+    train: str = "new"
+    init: str = "average"
+    hidden: float = 10.0
+    logits: float = 1.0
+    cross_entropy: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.train in ("new", "all"), "distill.train", self.train, "new or all")
+        _require(self.init in INITS, "distill.init", self.init, f"one of {', '.join(INITS)}")
+        weights = ("hidden", "logits", "cross_entropy")
+        for name in weights:
+            _require(getattr(self, name) >= 0, f"distill.{name}", getattr(self, name), ">= 0")
+        _require(
+            any(getattr(self, name) > 0 for name in weights),
+            "distill.hidden, logits and cross_entropy",
+            (self.hidden, self.logits, self.cross_entropy),
+            "above 0, at least one of them",
+        )
+        _require(self.temperature > 0, "distill.temperature", self.temperature, "> 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that decides a training run.
 
@@ -213,6 +255,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     window_schedule: WindowScheduleConfig = WindowScheduleConfig()
     guard: GuardConfig = GuardConfig()
+    distill: DistillConfig = DistillConfig()
     steps: int = 1000
     accumulation: int = 1
     z_loss: float = 0.0

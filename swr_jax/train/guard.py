@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, jax.Array]
 # Sums over a batch that a refused update adds nothing to.
-_SUMS = ("nats", "log_z_squared", "weight", "target_bytes")
+_SUMS = ("nats", "log_z_squared", "weight", "target_bytes", "hidden_loss", "logits_loss")
 
 
 @jax.tree_util.register_dataclass
@@ -104,7 +104,9 @@ def guarded(
         guard=memory,
     )
     metrics = metrics | {
-        name: jnp.where(refused, jnp.zeros_like(metrics[name]), metrics[name]) for name in _SUMS
+        name: jnp.where(refused, jnp.zeros_like(metrics[name]), metrics[name])
+        for name in _SUMS
+        if name in metrics
     }
     return state, metrics | {
         "is_refused": count,

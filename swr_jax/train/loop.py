@@ -34,8 +34,9 @@ from swr_jax.train.metrics import (
     read_metrics,
 )
 from swr_jax.train.sharding import batch_sharding, check_batch, make_mesh, put_batch
-from swr_jax.train.state import init_state, make_blueprint
+from swr_jax.train.state import make_blueprint
 from swr_jax.train.step import Metrics, make_eval_step, make_train_step
+from swr_jax.train.teacher import init_student, with_teacher
 from swr_jax.train.window_schedule import drawn_models, drawn_size
 
 
@@ -81,6 +82,8 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
     With `config.window_schedule` every update trains at the size drawn for it; evaluation, the
     sample and whoever loads the checkpoint use `config.model`, which is of the longest size.
 
+    With `config.distill` the model starts as a trained one in which some mixers are new.
+
     `workdir` gets `checkpoints/`, `metrics.jsonl`, `tensorboard/` and `loss.png`. SIGINT and
     SIGTERM end the run with a checkpoint after the update at hand, a second one ends it at once.
 
@@ -118,7 +121,8 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
     held_out = validation_batches(config.data, corpus, count=config.eval_batches)
     unigram = unigram_bits_per_byte(corpus, held_out)
 
-    blueprint = make_blueprint(config, mesh)
+    config, teacher = with_teacher(config, mesh)
+    blueprint = make_blueprint(config, mesh, trained=teacher and teacher.trained)
     models = drawn_models(config)
     train_steps = {
         size: make_train_step(
@@ -127,6 +131,7 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
             accumulation=config.accumulation,
             z_loss=config.z_loss,
             guard=config.guard,
+            distillation=teacher and teacher.distillation,
         )
         for size, model in models.items()
     }
@@ -147,6 +152,8 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
         f"devices: {jax.device_count()} x {device.device_kind}, mesh "
         + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     )
+    if teacher:
+        say(f"teacher: {teacher.describe(blueprint)}")
 
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -160,8 +167,13 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
             if start >= config.steps:
                 say(f"nothing left to train: steps={config.steps}; raise it, or begin elsewhere")
         else:
-            state = init_state(config, blueprint)
-        reporter = stack.enter_context(Reporter(workdir, resume_step=start, enabled=is_main))
+            state = init_student(config, blueprint, teacher)
+        reporter = stack.enter_context(Reporter(workdir, resume_step=start or -1, enabled=is_main))
+        if teacher and not start:  # what the swap alone has done
+            swapped = evaluate(eval_step, state.params, held_out, sharding)
+            reporter.report(0, "validation", swapped | {"unigram_bits_per_byte": unigram})
+        # A teacher that is not asked in updates is not needed any more.
+        asked, teacher = teacher.asked if teacher else (), None
         signals = stack.enter_context(_StopSignals())
         bar = stack.enter_context(
             tqdm(
@@ -188,7 +200,7 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
                 meter.stop_clock()
                 compiled.add(size)
                 began = time.perf_counter()
-            state, metrics = train_steps[size](state, put_batch(next(batches), sharding))
+            state, metrics = train_steps[size](state, put_batch(next(batches), sharding), *asked)
             pending.append((step, size, metrics))
             stopped_by = signals.agreed(step, checkpoints)
             done = step == config.steps

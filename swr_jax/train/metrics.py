@@ -146,9 +146,10 @@ class Meter:
     def interval(self) -> dict[str, float]:
         """What is reported of the updates since the last call; begins a new interval.
 
-        loss, perplexity and bits_per_byte are over all targets of the interval, grad_norm and a
-        drawn window or block_size are means over its updates, learning_rate is that of the last, as
-        are a guard's counts of refused updates and rollbacks in the run so far.
+        loss, perplexity, bits_per_byte and the losses of a distillation are over all targets of the
+        interval, grad_norm and a drawn window or block_size are means over its updates,
+        learning_rate is that of the last, as are a guard's counts of refused updates and rollbacks
+        in the run so far.
         tokens_per_second is left out if no update was timed, mfu also where the device's peak is
         not known.
         """
@@ -167,6 +168,9 @@ class Meter:
             values = dict.fromkeys(("loss", "perplexity", "bits_per_byte"), math.nan)
         values["grad_norm"] = total("grad_norm") / len(updates)
         values["learning_rate"] = float(updates[-1]["learning_rate"])
+        for name in ("hidden_loss", "logits_loss"):
+            if name in updates[-1]:
+                values[name] = total(name) / max(total("weight"), 1.0)
         for name in ("window", "block_size"):
             if name in updates[-1]:
                 values[name] = total(name) / len(updates)
@@ -194,6 +198,8 @@ _FORMATS = {
     "unigram_bits_per_byte": ".4f",
     "grad_norm": ".3f",
     "learning_rate": ".2e",
+    "hidden_loss": ".5f",
+    "logits_loss": ".5f",
     "window": ",.0f",
     "block_size": ",.0f",
     "refused": ",.0f",

@@ -70,9 +70,14 @@ def make_plan(config: TrainConfig, topology: str) -> dict[str, Any]:
         otherwise. "fits" is False where the compiler found no room, "seconds" then missing.
 
     Raises:
-        ValueError: the mesh does not fit the topology or the batch.
+        ValueError: the mesh does not fit the topology or the batch, or there is a teacher.
         MissingCompilerError: the optional dependency `targets` is not installed.
     """
+    if config.distill.teacher:
+        raise ValueError(
+            f"distill.teacher={config.distill.teacher!r}: updates with a teacher have no plan; "
+            "leave it empty to plan those of the model alone"
+        )
     name, shape = parse_topology(topology)
     chip = targets.CHIPS[name]
     devices = targets.devices(name, shape, kernels=False)

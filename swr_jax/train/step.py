@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from swr_jax.train.config import GuardConfig
+from swr_jax.train.distill import Distillation, Hidden, logits_and_hidden
 from swr_jax.train.guard import guarded
 from swr_jax.train.sharding import MICRO_BATCH_SPEC, batch_sharding, gathered
 from swr_jax.train.state import Blueprint, Params, TrainState
@@ -43,19 +45,29 @@ def loss_sums(logits: jax.Array, batch: Batch) -> Metrics:
     }
 
 
-def _logits(blueprint: Blueprint, params: Params, batch: Batch) -> jax.Array:
+def _run(
+    graphdef: nnx.GraphDef,
+    abstract: Params,
+    params: Params,
+    batch: Batch,
+    *,
+    layers: tuple[int, ...] = (),
+) -> tuple[jax.Array, Hidden]:
+    """A model's logits, and the outputs of some layers."""
+
     def gather(param: jax.Array, abstract: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.lax.with_sharding_constraint(param, gathered(abstract.sharding))
 
     # Parameters that stay split over fsdp would make the compiler split the features of the
     # activations likewise, and gather the batch on every device.
-    params = jax.tree.map(gather, params, blueprint.abstract.params)
-    model = nnx.merge(blueprint.graphdef, params)
-    mesh = jax.tree.leaves(blueprint.abstract.params)[0].sharding.mesh
+    params = jax.tree.map(gather, params, abstract)
+    model = nnx.merge(graphdef, params)
+    mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+    tokens, options = batch["tokens"], {name: batch[name] for name in ("positions", "segment_ids")}
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # The operators split along its axes.
-        return model(
-            batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
-        )
+        if layers:
+            return logits_and_hidden(model, layers, tokens, **options)
+        return model(tokens, **options), {}
 
 
 def _micro_batches(batch: Batch, count: int, mesh: Mesh) -> Batch:
@@ -76,22 +88,41 @@ def gradient_and_sums(
     mesh: Mesh,
     accumulation: int = 1,
     z_loss: float = 0.0,
+    distillation: Distillation | None = None,
+    teacher: Params | None = None,
 ) -> tuple[Params, Metrics]:
     """Gradient of a batch's mean loss, and its `loss_sums`, over `accumulation` micro-batches.
 
     The mean is over the weights of the whole batch, not of each micro-batch, so the result does
-    not depend on `accumulation` (but for rounding) even where weights are uneven.
+    not depend on `accumulation` (but for rounding) even where weights are uneven. The gradient is
+    that of the parameters which are trained. With a distillation the sums have its losses too;
+    `teacher` are the teacher's parameters, where it is asked.
     """
     total_weight = jnp.maximum(jnp.sum(batch["loss_weights"].astype(jnp.float32)), 1.0)
+    compared = distillation.compared if distillation else ()
 
-    def share_of_mean(params: Params, part: Batch) -> tuple[jax.Array, Metrics]:
-        sums = loss_sums(_logits(blueprint, params, part), part)
-        return (sums["nats"] + z_loss * sums["log_z_squared"]) / total_weight, sums
+    def share_of_mean(trained: Params, part: Batch, said: Any) -> tuple[jax.Array, Metrics]:
+        whole = blueprint.with_trained(params, trained)
+        student = _run(blueprint.graphdef, blueprint.abstract.params, whole, part, layers=compared)
+        sums = loss_sums(student[0], part)
+        loss = sums["nats"]
+        if distillation:
+            loss, more = distillation.loss(sums, student, said, part["loss_weights"])
+            sums |= more
+        return (loss + z_loss * sums["log_z_squared"]) / total_weight, sums
 
     def of_part(part: Batch) -> tuple[Params, Metrics]:
-        gradient, sums = jax.grad(share_of_mean, has_aux=True)(params, part)
+        said = None
+        if teacher is not None:
+            # Before differentiation begins, so that nothing of it is kept for the way back.
+            said = _run(
+                distillation.graphdef, distillation.abstract, teacher, part, layers=compared
+            )
+        trained = blueprint.trained_part(params)
+        gradient, sums = jax.grad(share_of_mean, has_aux=True)(trained, part, said)
         # Split like the parameters at once: each device keeps the part that it updates.
-        shardings = jax.tree.map(lambda x: x.sharding, blueprint.abstract.params)
+        abstract = blueprint.trained_part(blueprint.abstract.params)
+        shardings = jax.tree.map(lambda x: x.sharding, abstract)
         return jax.lax.with_sharding_constraint(gradient, shardings), sums
 
     if accumulation == 1:
@@ -114,14 +145,20 @@ def make_train_step(
     accumulation: int = 1,
     z_loss: float = 0.0,
     guard: GuardConfig = _NO_GUARD,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    distillation: Distillation | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """A jitted `(state, batch) -> (state, metrics)`; the state that is passed in is used up.
 
-    Metrics are scalars: those of `loss_sums`; loss, the mean nats per target; grad_norm, before
-    clipping; param_norm, after the update; learning_rate; with a guard those of `guarded`.
+    Where a distillation asks its teacher, the teacher's parameters are a third argument.
+
+    Metrics are scalars: those of `loss_sums` and of the distillation; loss, the mean nats per
+    target; grad_norm, before clipping; param_norm, after the update; learning_rate; with a guard
+    those of `guarded`.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, teacher: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
         gradient, sums = gradient_and_sums(
             blueprint,
             state.params,
@@ -129,9 +166,13 @@ def make_train_step(
             mesh=mesh,
             accumulation=accumulation,
             z_loss=z_loss,
+            distillation=distillation,
+            teacher=teacher,
         )
-        updates, opt_state = blueprint.optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trained = blueprint.trained_part(state.params)
+        updates, opt_state = blueprint.optimizer.update(gradient, state.opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
+        params = blueprint.with_trained(state.params, trained)
         metrics = sums | {
             "loss": sums["nats"] / jnp.maximum(sums["weight"], 1.0),
             "grad_norm": optax.tree.norm(gradient),
@@ -142,9 +183,12 @@ def make_train_step(
         return guarded(guard, state, new, metrics) if guard.active else (new, metrics)
 
     shardings = jax.tree.map(lambda x: x.sharding, blueprint.abstract)
+    arguments = [shardings, batch_sharding(mesh)]
+    if distillation and distillation.asks_teacher:
+        arguments.append(jax.tree.map(lambda x: x.sharding, distillation.abstract))
     return jax.jit(
         train_step,
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=tuple(arguments),
         out_shardings=(shardings, NamedSharding(mesh, jax.P())),
         donate_argnums=0,
     )
@@ -154,7 +198,8 @@ def make_eval_step(blueprint: Blueprint, mesh: Mesh) -> Callable[[Params, Batch]
     """A jitted `(params, batch) -> loss_sums`."""
 
     def eval_step(params: Params, batch: Batch) -> Metrics:
-        return loss_sums(_logits(blueprint, params, batch), batch)
+        logits, _ = _run(blueprint.graphdef, blueprint.abstract.params, params, batch)
+        return loss_sums(logits, batch)
 
     shardings = jax.tree.map(lambda x: x.sharding, blueprint.abstract.params)
     return jax.jit(
