@@ -28,6 +28,7 @@ from swr_jax.nn.language_model import LanguageModel
 
 _FORMAT = 1
 _HEADER = "header"
+_FIELDS = {"config", "weights", "max_length", "length", "dtypes"}
 _SAMPLED = 64  # numbers of each parameter that tell one set of weights from another
 
 
@@ -168,10 +169,10 @@ class TokenStream:
                 arrays = {name: file[name] for name in file.files if name != _HEADER}
         except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
             raise SavedStreamError(f"{path} is no stream that was saved: {error}") from error
-        if header.get("format") != _FORMAT:
-            raise SavedStreamError(
-                f"{path} has format {header.get('format')!r}, this version reads {_FORMAT}"
-            )
+        if not isinstance(header, dict) or header.get("format") != _FORMAT:
+            raise SavedStreamError(f"{path} is not of format {_FORMAT}, which this version reads")
+        if missing := _FIELDS - set(header):
+            raise SavedStreamError(f"the header of {path} lacks {', '.join(sorted(missing))}")
         ours, theirs = _config(model), header["config"]
         if changed := sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k)):
             shown = ", ".join(f"{k}: {theirs.get(k)!r}, not {ours.get(k)!r}" for k in changed)

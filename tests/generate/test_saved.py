@@ -99,6 +99,12 @@ def test_files_of_other_models_and_damaged_ones_are_refused(tmp_path):
 
     with pytest.raises(SavedStreamError, match="has nothing as logits"):
         TokenStream.load(changed(without_logits, "missing"), model)
+    np.savez(tmp_path / "other.npz", header=np.array(json.dumps({"format": 2})))
+    with pytest.raises(SavedStreamError, match="is not of format 1"):
+        TokenStream.load(tmp_path / "other.npz", model)
+    np.savez(tmp_path / "bare.npz", header=np.array(json.dumps({"format": 1, "length": 3})))
+    with pytest.raises(SavedStreamError, match="lacks config, dtypes, max_length, weights"):
+        TokenStream.load(tmp_path / "bare.npz", model)
     whole = path.read_bytes()
     (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text").write_text(json.dumps({"format": 1}))

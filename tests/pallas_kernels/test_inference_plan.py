@@ -20,7 +20,8 @@ def config(pattern=("phalanx", "attention"), **mesh):
         "num_heads": HEADS,
         "dtype": "bfloat16",
     }
-    return make_train_config({"model": model, "mesh": {"data": 1} | mesh})
+    data = {"sequence_length": 64, "batch_size": 8}  # of training: not looked at
+    return make_train_config({"model": model, "data": data, "mesh": {"data": 1} | mesh})
 
 
 def plan(mode: str, topology: str, pattern=("phalanx", "attention"), **mesh):

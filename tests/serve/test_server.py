@@ -134,7 +134,7 @@ def test_a_completion_is_what_the_library_says(server, text_of):
 
 
 def test_a_stream_is_the_same_in_pieces(server):
-    options = {"max_tokens": 60, "seed": 4, "n": 2, "temperature": 0.5}
+    options = {"max_tokens": 60, "seed": 4, "n": 2, "temperature": 2.0}
     whole = server.complete(**options)
     stream = list(server.complete(stream=True, stream_options={"include_usage": True}, **options))
     texts, ends = ["", ""], [None, None]
@@ -145,8 +145,8 @@ def test_a_stream_is_the_same_in_pieces(server):
         ends[choice.index] = choice.finish_reason
     assert texts == [choice.text for choice in whole.choices]
     assert texts[0] != texts[1]
-    assert ends == ["length", "length"]
-    assert len(stream) > 10
+    assert ends == [choice.finish_reason for choice in whole.choices]
+    assert len(stream) > 5
     assert stream[-1].choices == []
     assert stream[-1].usage == whole.usage
 
