@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from swr_jax.benchmark import decoding, layers, recurrence, timing
+from swr_jax.benchmark import decoding, layers, recurrence, timing, updates
 from swr_jax.benchmark.device import cells, check, decode, speed, training, tuning
 from swr_jax.benchmark.device import layers as device_layers
 from swr_jax.benchmark.device import recurrence as device_recurrence
@@ -162,4 +162,16 @@ DECODE = {
     ),
 }
 
-SUITES = {"cpu": CPU, "device": DEVICE, "decode": DECODE}
+TRAIN = {
+    "models": Section(
+        run=lambda sizes, _: updates.run(sizes),
+        full=updates.FULL,
+        tiny=updates.TINY,
+        references=updates.REFERENCES,
+        shapes="width 256, 4 blocks, 16384 tokens an update in rows of T, windows of 512, float32",
+        description=updates.__doc__,
+        targets=lambda record, _: updates.targets(record["measurements"]),
+    ),
+}
+
+SUITES = {"cpu": CPU, "device": DEVICE, "decode": DECODE, "train": TRAIN}
