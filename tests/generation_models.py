@@ -39,7 +39,9 @@ def likeliest(model: LanguageModel, rows: Sequence[tuple[list[int], list[int]]])
     padded = np.zeros((len(rows), longest), np.int32)
     for tokens, (prompt, answer) in zip(padded, rows, strict=True):
         tokens[: len(prompt) + len(answer)] = [*prompt, *answer]
-    best = np.argmax(np.asarray(jax.jit(model)(padded)), axis=-1)
+    graphdef, params = nnx.split(model)
+    forward = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))
+    best = np.argmax(np.asarray(forward(params, padded)), axis=-1)
     return [
         row[len(prompt) - 1 : len(prompt) + len(answer) - 1].tolist()
         for row, (prompt, answer) in zip(best, rows, strict=True)

@@ -123,11 +123,15 @@ def check(name: str, model: LanguageModel, length: int) -> None:
         OracleError: they differ.
     """
     rng = np.random.default_rng(0)
-    forward = jax.jit(model)
+    # Parameters are arguments: as constants, XLA's CPU compiler has got them wrong (YNN fusions).
+    graphdef, params = nnx.split(model)
+    forward = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))
     prompts = [rng.integers(256, size=size).tolist() for size in (length, length // 3)]
     rows = generate_batch(model, prompts, max_tokens=16, sampling=GREEDY, chunk_size=64)
     for prompt, answer in zip(prompts, zip(*rows, strict=True), strict=True):
-        logits = np.asarray(forward(jnp.asarray([[*prompt, *answer]]))[0, len(prompt) - 1 : -1])
+        logits = np.asarray(
+            forward(params, jnp.asarray([[*prompt, *answer]]))[0, len(prompt) - 1 : -1]
+        )
         if (wrong := np.flatnonzero(logits.argmax(axis=-1) != answer)).size:
             raise OracleError(
                 f"{name}, {len(prompt)} tokens of prompt: token {wrong[0]} of the answer is not "
