@@ -121,6 +121,43 @@ def cpu_layers() -> str:
     )
 
 
+def decoding() -> str:
+    """Tokens a second and bytes of state against the context's length."""
+    record = read("decode_context")
+    rows = record["measurements"]
+    shown = [m for m in rows if m["tokens"] in (1024, 8192, 32_768, 131_072)]
+    names = {
+        "transformer++": "Transformer++",
+        "swa_hybrid": "SWA hybrid 1:1",
+        "swax": "SWAX",
+        "phalanx": "Phalanx only",
+    }
+    contexts = [f"{m['tokens']:,}" for m in shown]
+    lines = [
+        "| model | parameters | "
+        + " | ".join(f"tokens/s at {tokens}" for tokens in contexts)
+        + " | "
+        + " | ".join(f"MiB of state at {tokens}" for tokens in contexts)
+        + " |",
+        "|---" * (2 + 2 * len(shown)) + "|",
+    ]
+    for name, label in names.items():
+        rates = [m["contestants"][name]["tokens_per_second"] for m in shown]
+        cells = (
+            label,
+            f"{shown[0]['parameters'][name]:,}",
+            *(f"{r['median']:,.2g} ({r['lower']:,.2g} to {r['upper']:,.2g})" for r in rates),
+            *(f"{m['state_bytes'][name] / 2**20:,.2f}" for m in shown),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    busy = max(m["cores_used_by_others"] or 0 for m in rows)
+    lines.append(
+        f"\nMedians and quartiles; other processes used up to {busy:.1f} of the machine's "
+        f"{record['environment']['cores']} cores meanwhile."
+    )
+    return "\n".join(lines)
+
+
 def plans() -> str:
     """What models of one size would take on one slice."""
     names = ("plan_transformer_1b", "plan_phalanx_1b")
@@ -187,6 +224,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "evaluate_full": lambda: evaluation.table(read("evaluate_full")),
     "swax_recall": lambda: recall_report.table(read("swax_recall_2000")),
     "compare_windows": lambda: comparison_windows.table(read("compare_windows")),
+    "decode": decoding,
     "plans": plans,
     "cpu_recurrence": cpu_recurrence,
     "cpu_copy": cpu_copy,
