@@ -19,6 +19,7 @@ import comparison
 import comparison_windows
 import plan_report
 import recall_report
+import swap_report
 from absl import app, flags
 
 from swr_jax.benchmark import predictions, tpu_baselines
@@ -222,6 +223,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "compare_ablations": lambda: comparison.table(read("compare_ablations")),
     "evaluate": lambda: evaluation.table(read("evaluate")),
     "evaluate_full": lambda: evaluation.table(read("evaluate_full")),
+    "swap": lambda: swap_report.table(read("swap_study")),
     "swax_recall": lambda: recall_report.table(read("swax_recall_2000")),
     "compare_windows": lambda: comparison_windows.table(read("compare_windows")),
     "decode": decoding,

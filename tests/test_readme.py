@@ -33,6 +33,11 @@ def test_the_example_runs():
     assert names["y_packed"].shape == names["x"].shape == (2, 1000, 512)
 
 
+def test_the_example_of_swapped_mixers_runs():
+    names = run_example("swap_mixers")
+    assert names["student"].config.pattern == ("phalanx", "attention")
+
+
 def test_the_example_of_pretrained_weights_runs(tmp_path, monkeypatch):
     """With a small model of random numbers in the place of the published one."""
     config = LanguageModelConfig(
@@ -78,7 +83,7 @@ def results_index():
     "name",
     [
         *("kernels_gpu", "kernels_tpu", "tpu_baselines", "compare_mixers", "compare_ablations"),
-        *("swax_recall", "compare_windows", "evaluate", "evaluate_full"),
+        *("swap", "swax_recall", "compare_windows", "evaluate", "evaluate_full"),
         *("cpu_recurrence", "cpu_copy", "cpu_layers", "h100_targets"),
     ],
 )
