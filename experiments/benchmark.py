@@ -3,12 +3,14 @@
     python experiments/benchmark.py --suite=cpu
     python experiments/benchmark.py --suite=device --out=DIR
     python experiments/benchmark.py --suite=decode
+    python experiments/benchmark.py --suite=train
 
 On any GPU or TPU the suite `device` checks every kernel, measures what the device can do, times
 recurrences, layers, training and decoding, and tunes the kernels, in less than eight minutes. It
 needs jax, flax, optax, absl-py and numpy. Run again with the same --out it goes on where it
 stopped. The suite `cpu` takes about ten minutes; run it on an idle machine. The suite `decode`
-times one stream's next token after contexts of 1k to 128k, on any device.
+times one stream's next token after contexts of 1k to 128k, on any device, the suite `train` the
+trainer's updates of four models, and what the rest of the trainer costs.
 
 Each section writes SUITE_SECTION.json into --out after every measurement, prints a table, and draws
 a picture where matplotlib is installed. Nothing is timed while a check is red. What is left out is
@@ -25,7 +27,7 @@ from pathlib import Path
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from swr_jax.benchmark import records, report, suites, summary
 from swr_jax.benchmark.oracle import OracleError
@@ -44,6 +46,7 @@ def main(argv: list[str]) -> None:
     """Parses, measures, reports."""
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}: options begin with --")
+    logging.set_verbosity(logging.WARNING)  # orbax tells of every file it writes
     suite = suites.SUITES[SUITE.value]
     unknown = [name for name in SECTIONS.value if name not in suite]
     if unknown:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from swr_jax.benchmark import decoding, layers, recurrence, timing, updates
+from swr_jax.benchmark import decoding, layers, recurrence, timing, trainer, updates
 from swr_jax.benchmark.device import cells, check, decode, speed, training, tuning
 from swr_jax.benchmark.device import layers as device_layers
 from swr_jax.benchmark.device import recurrence as device_recurrence
@@ -171,6 +171,15 @@ TRAIN = {
         shapes="width 256, 4 blocks, 16384 tokens an update in rows of T, windows of 512, float32",
         description=updates.__doc__,
         targets=lambda record, _: updates.targets(record["measurements"]),
+    ),
+    "loop": Section(
+        run=lambda sizes, _: trainer.run(sizes),
+        full=trainer.FULL,
+        tiny=trainer.TINY,
+        references=(),
+        shapes="the small Phalanx hybrid of width 128, 16 rows of 256 tokens, float32",
+        description=trainer.__doc__,
+        targets=lambda record, _: trainer.targets(record["measurements"]),
     ),
 }
 

@@ -29,6 +29,7 @@ from swr_jax.train.metrics import (
     TENSORBOARD_FOLDER,
     Meter,
     Reporter,
+    Stopwatch,
     flops_per_token,
     plot_losses,
     read_metrics,
@@ -60,6 +61,7 @@ class Summary:
     per target of the last interval, None in processes that keep no log. validation: loss,
     perplexity, bits_per_byte and the unigram model's bits per byte; None if stopped early.
     tokens_per_second: while updates ran, compilation left out; None if there was nothing to time.
+    seconds: what else took time between updates: "reports", "evaluation" and "checkpoints".
     sample: `config.sample_prompt` and what the model made of it; empty if there was none to make.
     """
 
@@ -68,6 +70,7 @@ class Summary:
     train_loss: float | None
     validation: dict[str, float] | None
     tokens_per_second: float | None
+    seconds: Mapping[str, float]
     sample: str
     checkpoints: Path
     log: Path
@@ -181,6 +184,7 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
             )
         )
 
+        spent = Stopwatch()
         meter = Meter(tokens_per_step=tokens_per_step, devices=jax.devices())
         pending: collections.deque = collections.deque()  # updates whose numbers are not read yet
         compiled: set[int | None] = set()  # sizes that have been trained at
@@ -232,20 +236,24 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
                 at = "" if size is None else f" at {drawn_name} {size}"
                 say(f"first step{at}, with its compilation: {time.perf_counter() - began:.1f} s")
             if log_due:
-                values = meter.interval()
-                bar.set_postfix_str(f"loss {values['loss']:.3f}")
-                reporter.report(step, "train", values)
+                with spent("reports"):
+                    values = meter.interval()
+                    bar.set_postfix_str(f"loss {values['loss']:.3f}")
+                    reporter.report(step, "train", values)
             if eval_due:
-                validation = evaluate(eval_step, state.params, held_out, sharding)
-                validation["unigram_bits_per_byte"] = unigram
-                reporter.report(step, "validation", validation)
+                with spent("evaluation"):
+                    validation = evaluate(eval_step, state.params, held_out, sharding)
+                    validation["unigram_bits_per_byte"] = unigram
+                    reporter.report(step, "validation", validation)
             if save_due:
-                checkpoints.save(step, state, batches, config)
+                with spent("checkpoints"):
+                    checkpoints.save(step, state, batches, config)
             if stopped_by:
                 break
             meter.start_clock()
         bar.close()
-        checkpoints.wait()
+        with spent("checkpoints"):
+            checkpoints.wait()
 
         if validation is None and not stopped_by:  # there was no step left to do
             validation = evaluate(eval_step, state.params, held_out, sharding)
@@ -273,6 +281,7 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
             train_loss=train_losses[-1] if train_losses else None,
             validation=validation,
             tokens_per_second=meter.tokens_per_second(),
+            seconds=spent.seconds,
             sample=sample,
             checkpoints=checkpoints.directory,
             log=workdir / LOG_NAME,

@@ -1,11 +1,12 @@
 """What a run reports: one line per interval on the terminal, JSON lines, TensorBoard, a plot."""
 
+import contextlib
 import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -189,6 +190,26 @@ class Meter:
         if not self._total_steps:
             return None
         return self._total_steps * self._tokens_per_step / self._total_seconds
+
+
+class Stopwatch:
+    """Adds up the time that parts of a run take: `with stopwatch("evaluation"): ...`.
+
+    Attributes:
+        seconds: by the name of the part.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Times what is inside as one more stretch of `part`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
 
 
 _FORMATS = {

@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from swr_jax.benchmark import plots, timing, updates
+from swr_jax.benchmark import plots, timing, trainer, updates
 from swr_jax.benchmark.oracle import OracleError
 
 
@@ -71,3 +71,22 @@ def test_targets_are_judged_where_they_were_measured():
     assert [(t["required"], t["measured"], t["met"]) for t in judged] == [(">= 1.1", 1.2, True)]
     (judged,) = updates.targets([measurement(32768, 1.3)])
     assert not judged["met"]
+
+
+@pytest.mark.slow
+def test_the_loop_is_compared_with_its_updates():
+    (found,) = trainer.run(trainer.TINY)
+    seconds = {name: spread["median"] for name, spread in found["seconds"].items()}
+    overhead = found["overhead"]["median"]
+    assert overhead == pytest.approx(seconds["loop"] / seconds["update"] - 1)
+    assert overhead > found["reports"]["median"] + found["checkpoints"]["median"] > 0
+
+
+def test_three_per_cent_of_overhead_are_allowed():
+    def judged(overhead):
+        spread = dict.fromkeys(("median", "lower", "upper"), overhead)
+        (target,) = trainer.targets([{"overhead": spread}])
+        return target["met"]
+
+    assert judged(0.029)
+    assert not judged(0.03)

@@ -14,6 +14,7 @@ from swr_jax.train import metrics
 from swr_jax.train.metrics import (
     Meter,
     Reporter,
+    Stopwatch,
     flops_per_token,
     format_line,
     peak_flops,
@@ -201,3 +202,15 @@ def test_plot_shows_both_splits_and_the_baseline(tmp_path, monkeypatch):
     curve = ([1, 2, 3], [8.0, 4.0, 8 / 3])
     assert drawn == {"train": curve, "validation": curve}
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_stopwatch_adds_up_what_belongs_together(monkeypatch):
+    times = iter([0.0, 1.0, 5.0, 7.0, 10.0, 10.5])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(times))
+    spent = Stopwatch()
+    for part in ("reports", "evaluation"):
+        with spent(part):
+            pass
+    with pytest.raises(KeyError), spent("reports"):
+        raise KeyError
+    assert spent.seconds == {"reports": 1.5, "evaluation": 2.0}
