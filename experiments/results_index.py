@@ -122,6 +122,11 @@ def cpu_layers() -> str:
     )
 
 
+def rate(value: float) -> str:
+    """A number with two digits at least."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
 def decoding() -> str:
     """Tokens a second and bytes of state against the context's length."""
     record = read("decode_context")
@@ -147,7 +152,7 @@ def decoding() -> str:
         cells = (
             label,
             f"{shown[0]['parameters'][name]:,}",
-            *(f"{r['median']:,.2g} ({r['lower']:,.2g} to {r['upper']:,.2g})" for r in rates),
+            *(f"{rate(r['median'])} ({rate(r['lower'])} to {rate(r['upper'])})" for r in rates),
             *(f"{m['state_bytes'][name] / 2**20:,.2f}" for m in shown),
         )
         lines.append(f"| {' | '.join(cells)} |")

@@ -60,10 +60,9 @@ def test_a_step_takes_longer_than_its_floor(decoding):
     assert "all-to-all" not in decoding["collectives"]
 
 
-def test_prefill_runs_kernels_on_a_chunk():
+def test_prefill_reads_a_chunk_of_every_prompt():
     found = plan("prefill", "v5e:2x2", data=4)
     assert found["tokens_per_step"] == STREAMS * CHUNK
-    assert found["kernels"]["swr_gated_forward"]["calls"] == DEPTH // 2
     assert found["seconds"] > found["floor_seconds"]
 
 
