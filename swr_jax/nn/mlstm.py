@@ -240,7 +240,9 @@ class MLSTM(nnx.Module):
                 return_state=cells is not None,
             )
             h, cells = (h, None) if cells is None else h
-        gate = self.output_gate(x)
+        # Without the barrier XLA:CPU (jaxlib 0.11, 0.12) joins this product, where its weights are
+        # constants of the program, with the norm, and reads memory that nothing has written.
+        gate = jax.lax.optimization_barrier(self.output_gate(x))
         gated = nnx.sigmoid(gate.astype(jnp.float32)) * self.head_norm(h)
         y = self.output(gated.astype(gate.dtype))
         return y if state is None else (y, MLSTMLayerState(cells, last_segment))

@@ -229,3 +229,13 @@ def test_parameters_are_about_four_times_the_width_squared():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         MLSTM(24, rngs=nnx.Rngs(0), **({"num_heads": 2} | options))
+
+
+def test_weights_may_be_constants_of_a_compiled_program():
+    """As in `jax.jit(lambda x: layer(x))`; at this size compilers begin to fuse more."""
+    layer = MLSTM(256, num_heads=4, rngs=nnx.Rngs(0))
+    definition, parameters = nnx.split(layer)
+    x = jax.random.normal(jax.random.key(0), (1, 2048, 256))
+    expected = jax.jit(lambda parameters, x: nnx.merge(definition, parameters)(x))(parameters, x)
+    for _ in range(3):
+        assert relative_error(jax.jit(lambda x: layer(x))(x), expected) < 1e-6
