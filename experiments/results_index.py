@@ -242,14 +242,14 @@ FIGURES: dict[str, Callable[[], str]] = {
 
 def place(name: str) -> re.Pattern:
     """Matches a place for figures in the README, its contents in the middle."""
-    return re.compile(rf"(<!-- figures: {name} -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
+    return re.compile(rf"(<!-- figures: {name} -->\n)(.*?)\n?(<!-- end -->)", re.DOTALL)
 
 
 def readme(text: str) -> str:
     """Returns the README with every figure as the JSON files have it."""
     for name, figure in FIGURES.items():
         value = figure().strip()
-        text, count = place(name).subn(lambda m, value=value: m[1] + value + m[3], text)
+        text, count = place(name).subn(lambda m, value=value: m[1] + value + "\n" + m[3], text)
         if count != 1:
             sys.exit(f"error: README.md has {count} places for figures: {name}: must be one")
     return text

@@ -98,6 +98,15 @@ def test_every_figure_has_its_place(results_index):
     assert sorted(re.findall("<!-- figures: (.*) -->", README)) == sorted(results_index.FIGURES)
 
 
+def test_an_empty_place_takes_nothing_of_what_follows(results_index, monkeypatch):
+    monkeypatch.setattr(results_index, "FIGURES", {"one": lambda: "1\n", "two": lambda: "2"})
+    text = "<!-- figures: one -->\n<!-- end -->\nwords\n<!-- figures: two -->\nold\n<!-- end -->\n"
+    filled = (
+        "<!-- figures: one -->\n1\n<!-- end -->\nwords\n<!-- figures: two -->\n2\n<!-- end -->\n"
+    )
+    assert results_index.readme(text) == results_index.readme(filled) == filled
+
+
 def test_the_index_lists_every_result_with_its_origin(results_index):
     index = (RESULTS / "README.md").read_text()
     assert index == results_index.index(), "run python experiments/results_index.py"
