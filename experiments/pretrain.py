@@ -22,6 +22,9 @@ from swr_jax.train.loop import NonFiniteError, Summary, train
 
 FOLDER = Path(__file__).parent
 
+# What a user can mend, by what the message says.
+_ERRORS = (FileNotFoundError, ImportError, NonFiniteError, UnwrittenCheckpointError, ValueError)
+
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file; --config.NAME=VALUE overrides a value in it."
 )
@@ -57,7 +60,7 @@ def main(argv: list[str]) -> None:
         jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     try:
         summary = train(make_train_config(CONFIG.value.to_dict()), Path(WORKDIR.value))
-    except (ImportError, NonFiniteError, UnwrittenCheckpointError, ValueError) as error:
+    except _ERRORS as error:
         sys.exit(f"error: {error}")
     if jax.process_index() == 0:
         report(summary)
