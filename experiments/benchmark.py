@@ -32,7 +32,7 @@ from absl import app, flags, logging
 from swr_jax.benchmark import records, report, suites, summary
 from swr_jax.benchmark.oracle import OracleError
 
-SUITE = flags.DEFINE_enum("suite", "cpu", list(suites.SUITES), "What to measure.")
+SUITE = flags.DEFINE_enum("suite", "cpu", list(suites.NAMES), "What to measure.")
 OUT = flags.DEFINE_string("out", "experiments/results", "Folder for the results, made if missing.")
 SECTIONS = flags.DEFINE_list("sections", [], "Sections of the suite; all of them if not given.")
 TINY = flags.DEFINE_bool("tiny", False, "Small sizes, to see whether everything runs.")
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}: options begin with --")
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file it writes
-    suite = suites.SUITES[SUITE.value]
+    suite = suites.load(SUITE.value)
     unknown = [name for name in SECTIONS.value if name not in suite]
     if unknown:
         sys.exit(f"error: --sections={','.join(unknown)}: must be of {', '.join(suite)}")

@@ -42,7 +42,7 @@ def test_a_record_of_something_else_is_not_continued(tmp_path, key):
 
 
 def test_a_device_is_done_in_less_than_eight_minutes():
-    assert sum(section.seconds for section in suites.DEVICE.values()) < 480
+    assert sum(section.seconds for section in suites.load("device").values()) < 480
 
 
 def test_a_section_stops_when_a_step_would_take_it_over_its_time(monkeypatch):

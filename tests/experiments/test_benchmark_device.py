@@ -1,5 +1,6 @@
 """`experiments/benchmark.py --suite=device`, in small on the CPU."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -34,8 +35,8 @@ def benchmark(monkeypatch, tmp_path, capsys):
     spec.loader.exec_module(script)
     case = Recurrence((1, 18, 2, 8), gated=False, lookback=1, dtypes=("float32",))
     monkeypatch.setattr(platform, "backends", lambda: (platform.Backend("xla"),))
-    suite = script.suites.SUITES["device"]
-    section = script.suites.dataclasses.replace(suite["check"], tiny=check.Sizes((case,)))
+    suite = script.suites.load("device")
+    section = dataclasses.replace(suite["check"], tiny=check.Sizes((case,)))
     monkeypatch.setitem(suite, "check", section)
 
     def run(*arguments):

@@ -1,0 +1,25 @@
+"""The trainer: updates of models of equal size, and what it costs beside them."""
+
+from swr_jax.benchmark import trainer, updates
+from swr_jax.benchmark.suites.section import Section
+
+SECTIONS = {
+    "models": Section(
+        run=lambda sizes, _: updates.run(sizes),
+        full=updates.FULL,
+        tiny=updates.TINY,
+        references=updates.REFERENCES,
+        shapes="width 256, 4 blocks, 16384 tokens an update in rows of T, windows of 512, float32",
+        description=updates.__doc__,
+        targets=lambda record, _: updates.targets(record["measurements"]),
+    ),
+    "loop": Section(
+        run=lambda sizes, _: trainer.run(sizes),
+        full=trainer.FULL,
+        tiny=trainer.TINY,
+        references=(),
+        shapes="the small Phalanx hybrid of width 128, 16 rows of 256 tokens, float32",
+        description=trainer.__doc__,
+        targets=lambda record, _: trainer.targets(record["measurements"]),
+    ),
+}
