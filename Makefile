@@ -6,6 +6,7 @@
 # make test-harness  our models in lm-evaluation-harness, on tasks of our own, offline
 # make test-serve    the HTTP server, by the client whose format it speaks, on this machine
 # make plan      what a training run would take on a pod, from its compiler: ARGS='--config=...'
+# make plan-study    the same for models of one and seven billion parameters on many slices: hours
 # make report    what every kernel would take on Hopper and TPU chips, from their compilers
 # make lint      style
 #
@@ -34,7 +35,8 @@ CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.12 python3.13 python3.14 python3 
 	$(wildcard $(HOME)/.local/share/uv/python/*/bin/python3) \
 	$(wildcard /opt/python*/bin/python3 /usr/local/bin/python3.1? /opt/homebrew/bin/python3.1?))
 
-.PHONY: train test test-all test-targets test-oldest test-parity test-harness test-serve report lint format clean
+.PHONY: train test test-all test-targets test-oldest test-parity test-harness test-serve plan plan-study report \
+	lint format clean
 
 train: $(VENV)/.train
 	$(VENV_PYTHON) experiments/pretrain.py --config=experiments/configs/phalanx_tiny.py \
@@ -73,6 +75,10 @@ test-serve:
 plan:
 	@$(MAKE) .venv-targets/.test VENV=.venv-targets EXTRAS=test,targets
 	@.venv-targets/bin/python experiments/plan.py $(ARGS)
+
+plan-study:
+	$(MAKE) .venv-targets/.test VENV=.venv-targets EXTRAS=test,targets
+	.venv-targets/bin/python experiments/plan_study.py $(ARGS)
 
 report:
 	$(MAKE) .venv-targets/.test VENV=.venv-targets EXTRAS=test,targets

@@ -7,10 +7,11 @@
 
 On any GPU or TPU the suite `device` checks every kernel, measures what the device can do, times
 recurrences, layers, training and decoding, and tunes the kernels, in less than eight minutes. It
-needs jax, flax, optax, absl-py and numpy. Run again with the same --out it goes on where it
-stopped. The suite `cpu` takes about ten minutes; run it on an idle machine. The suite `decode`
-times one stream's next token after contexts of 1k to 128k, on any device, the suite `train` the
-trainer's updates of four models, and what the rest of the trainer costs.
+needs jax, flax, optax, absl-py and numpy. The suite `cpu` takes about ten minutes; run it on an
+idle machine. The suite `decode` times one stream's next token after contexts of 1k to 128k, on any
+device, the suite `train` the trainer's updates of four models, and what the rest of the trainer
+costs, in half an hour. Run again with the same --out, `device` and `train` go on where they
+stopped.
 
 Each section writes SUITE_SECTION.json into --out after every measurement, prints a table, and draws
 a picture where matplotlib is installed. Nothing is timed while a check is red. What is left out is
@@ -39,6 +40,7 @@ TINY = flags.DEFINE_bool("tiny", False, "Small sizes, to see whether everything 
 FRESH = flags.DEFINE_bool("fresh", False, "Measure again what earlier runs in --out measured.")
 REDRAW = flags.DEFINE_bool("redraw", False, "Only print and draw what is in --out; no device.")
 
+GOES_ON = ("device", "train")  # where they stopped: what is fast can be measured again
 BUSY = 0.5  # cores in use by others from which on a warning is printed
 
 
@@ -93,7 +95,7 @@ def measure(
         "environment": environment,
         "protocol": section.protocol,
     }
-    record = records.open_record(path, header, fresh=FRESH.value or SUITE.value != "device")
+    record = records.open_record(path, header, fresh=FRESH.value or SUITE.value not in GOES_ON)
     session = records.Session(record, others, float("inf") if TINY.value else section.seconds)
     earlier = f", {len(record['measurements'])} done before" if record["measurements"] else ""
     print(f"{name}: compiling and checking{earlier}", flush=True)

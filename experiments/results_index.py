@@ -20,6 +20,7 @@ import comparison_windows
 import plan_report
 import recall_report
 import swap_report
+import training_report
 from absl import app, flags
 
 from swr_jax.benchmark import predictions, tpu_baselines
@@ -236,6 +237,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "cpu_recurrence": cpu_recurrence,
     "cpu_copy": cpu_copy,
     "cpu_layers": cpu_layers,
+    "train_models": lambda: training_report.models(read("train_models")),
+    "train_loop": lambda: training_report.loop(read("train_loop")),
     "h100_targets": h100_targets,
 }
 

@@ -96,10 +96,10 @@ def train(overrides: dict, workdir: Path) -> None:
 
 def trained_parameters(overrides: dict, teacher: TrainConfig) -> int:
     """Count the parameters that a student's run updates."""
-    config, trained = train_config(overrides), None
-    if config.distill.teacher and config.distill.train == "new":
-        trained = new_parameters(config.model, new_layers(teacher.model, config.model))
-    return make_blueprint(config, make_mesh(config.mesh), trained=trained).num_trained
+    config, new = train_config(overrides), None
+    if config.distill.teacher:
+        new = new_parameters(config.model, new_layers(teacher.model, config.model))
+    return make_blueprint(config, make_mesh(config.mesh), new=new).num_trained
 
 
 def main(argv: list[str]) -> None:

@@ -137,6 +137,7 @@ def get_config() -> ConfigDict:
     distill.teacher = ""  # folder of the trained model's run; "": none, training from scratch
     distill.teacher_step = optional(None)  # of its newest checkpoint; None: any, kept when resumed
     distill.train = "new"  # what is updated: the "new" mixers or "all"
+    distill.kept_rate = 0.1  # with "all": learning rate of what is the teacher's, over the new's
     distill.init = "average"  # how Phalanx starts: from attention's projections, or "fresh"
     distill.hidden = 10.0  # weight of the relative distance of new layers' outputs
     distill.logits = 1.0  # weight of the divergence of predictions

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from swr_jax.benchmark import timing
+from swr_jax.benchmark.records import Session
 from swr_jax.benchmark.updates import Update
 from swr_jax.data import DataConfig, load_tokenizer
 from swr_jax.nn.language_model import LanguageModelConfig
@@ -41,7 +42,7 @@ class Sizes:
     length: int
 
 
-FULL = Sizes(steps=300, rounds=3, features=128, rows=16, length=256)
+FULL = Sizes(steps=100, rounds=3, features=128, rows=16, length=256)
 TINY = Sizes(steps=6, rounds=1, features=16, rows=2, length=32)
 
 
@@ -65,13 +66,16 @@ def make_config(sizes: Sizes) -> TrainConfig:
     )
 
 
-def run(sizes: Sizes) -> Iterator[dict]:
+def run(sizes: Sizes, session: Session) -> Iterator[dict]:
     """Time the loop and its updates by turns.
 
     Yields:
         "case", "steps", "rounds", "seconds" per step of "loop" and "update", and "overhead",
         "reports" and "checkpoints" relative to the updates: medians and quartiles over rounds.
     """
+    case = f"T {sizes.length}, {sizes.rows} rows"
+    if session.is_done(case):
+        return
     config = make_config(sizes)
     update = Update(config.model, sizes.rows, sizes.length)
     samples: dict[str, list[float]] = {"loop": [], "update": [], "reports": [], "checkpoints": []}
@@ -95,7 +99,7 @@ def run(sizes: Sizes) -> Iterator[dict]:
         return dataclasses.asdict(timing.spread(values))
 
     yield {
-        "case": f"T {sizes.length}, {sizes.rows} rows",
+        "case": case,
         "steps": sizes.steps,
         "rounds": sizes.rounds,
         "seconds": {name: spread(found[name]) for name in ("loop", "update")},

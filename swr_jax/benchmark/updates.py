@@ -17,6 +17,7 @@ from flax import nnx
 
 from swr_jax.benchmark import timing
 from swr_jax.benchmark.oracle import OracleError
+from swr_jax.benchmark.records import Session
 from swr_jax.data import DataConfig
 from swr_jax.nn.blocks import MLSTMConfig
 from swr_jax.nn.language_model import LanguageModel, LanguageModelConfig, num_parameters
@@ -103,8 +104,8 @@ def parameters(config: LanguageModelConfig) -> int:
     return num_parameters(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
 
 
-def run(sizes: Sizes) -> Iterator[dict]:
-    """Check all models, then time their updates by turns at every length.
+def run(sizes: Sizes, session: Session) -> Iterator[dict]:
+    """Check all models, then time their updates by turns at every length not yet measured.
 
     Yields:
         "case", "tokens" (of a row), "rows", "parameters" by name, and what `timing.summarise`
@@ -117,7 +118,12 @@ def run(sizes: Sizes) -> Iterator[dict]:
     for name, config in configs.items():
         check(name, config, sizes)
     for length in sizes.tokens:
-        yield _time(configs, length, sizes)
+        if not session.is_done(_case(length)):
+            yield _time(configs, length, sizes)
+
+
+def _case(length: int) -> str:
+    return f"T {length}"
 
 
 def check(name: str, config: LanguageModelConfig, sizes: Sizes) -> None:
@@ -185,7 +191,7 @@ def _time(configs: dict[str, LanguageModelConfig], length: int, sizes: Sizes) ->
         rates = rows * length / samples[name].seconds
         contestant["tokens_per_second"] = dataclasses.asdict(timing.spread(rates))
     return {
-        "case": f"T {length}",
+        "case": _case(length),
         "tokens": length,
         "rows": rows,
         "parameters": {name: parameters(config) for name, config in configs.items()},

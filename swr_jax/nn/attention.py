@@ -28,6 +28,15 @@ class AttentionState(struct.PyTreeNode):
     last_segment: jax.Array  # [B] int32, segment of the last token seen
 
 
+class AddedTokens(struct.PyTreeNode):
+    """What a call adds to the state: the youngest tokens, as many as there are slots for."""
+
+    keys: jax.Array  # [B, T, Nkv, Dh]
+    values: jax.Array  # [B, T, Nkv, Dh]
+    segment_ids: jax.Array  # [B, T] int32
+    position: jax.Array  # [B] int32, tokens seen so far, these included
+
+
 class SlidingWindowAttention(nnx.Module):
     """Causal softmax attention over the last `window` tokens, with rotary position embedding.
 
@@ -174,8 +183,59 @@ class SlidingWindowAttention(nnx.Module):
           ValueError: the cache of full attention is too short for the tokens. Under jit the number
             of tokens before is not known; there the result is NaN once the cache has overflowed.
         """
+        if state is None:
+            start = jnp.zeros(x.shape[0], jnp.int32)
+            _, q, k, v = self._project(x, start, positions)
+            return self._project_back(self._attend(q, k, v, segment_ids))
+        y, added = self.advance(x, positions=positions, segment_ids=segment_ids, state=state)
+        return y, self.absorb(state, added)
+
+    def advance(
+        self,
+        x: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        state: AttentionState,
+    ) -> tuple[jax.Array, AddedTokens]:
+        """Attend x as a call does, but return the tokens to add instead of the new state.
+
+        So that a caller with the states of many layers in one array, of which it gives each layer
+        its part, can write all their tokens there with one `absorb`.
+        """
         batch, length, _ = x.shape
-        start = jnp.zeros(batch, jnp.int32) if state is None else state.position
+        stream_index, q, k, v = self._project(x, state.position, positions)
+        if segment_ids is None:
+            segment_ids = jnp.broadcast_to(state.last_segment[:, None], (batch, length))
+        segment_ids = segment_ids.astype(jnp.int32)
+        k, v = k.astype(state.keys.dtype), v.astype(state.values.dtype)
+        out = self._attend_cached(q.astype(k.dtype), k, v, stream_index, segment_ids, state)
+        kept = min(length, state.keys.shape[1])
+        added = AddedTokens(
+            keys=k[:, -kept:],
+            values=v[:, -kept:],
+            segment_ids=segment_ids[:, -kept:],
+            position=state.position + length,
+        )
+        return self._project_back(out), added
+
+    @staticmethod
+    def absorb(state: AttentionState, added: AddedTokens) -> AttentionState:
+        """Put tokens that `advance` returned into their slots."""
+        slots, kept = state.keys.shape[1], added.keys.shape[1]
+        rows = jnp.arange(added.keys.shape[0])[:, None]
+        columns = (added.position[:, None] - kept + jnp.arange(kept, dtype=jnp.int32)) % slots
+        return AttentionState(
+            keys=state.keys.at[rows, columns].set(added.keys),
+            values=state.values.at[rows, columns].set(added.values),
+            segment_ids=state.segment_ids.at[rows, columns].set(added.segment_ids),
+            position=added.position,
+            last_segment=added.segment_ids[:, -1],
+        )
+
+    def _project(self, x, start, positions):
+        """Places in the stream [B, T], and queries, keys and values with their positions in."""
+        batch, length, _ = x.shape
         stream_index = start[:, None] + jnp.arange(length, dtype=jnp.int32)
         positions = stream_index if positions is None else positions
         q = self.query(x).reshape(batch, length, self.num_heads, self.head_dim)
@@ -185,52 +245,45 @@ class SlidingWindowAttention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         rope = {"base": self.rope_base, "scaling": self.rope_scaling}
         q, k = (rotary_embedding(h, positions, **rope) for h in (q, k))
-        if state is None:
-            out = self._attend(q, k, v, segment_ids)
-        else:
-            if segment_ids is None:
-                segment_ids = jnp.broadcast_to(state.last_segment[:, None], (batch, length))
-            out, state = self._attend_cached(q, k, v, stream_index, segment_ids, state)
-        y = self.output(out.reshape(batch, length, self.num_heads * self.head_dim))
-        return y if state is None else (y, state)
+        return stream_index, q, k, v
+
+    def _project_back(self, out: jax.Array) -> jax.Array:
+        return self.output(out.reshape(*out.shape[:2], self.num_heads * self.head_dim))
 
     def _attend_cached(self, q, k, v, stream_index, segment_ids, state: AttentionState):
         length, slots = q.shape[1], state.keys.shape[1]
-        segment_ids = segment_ids.astype(jnp.int32)
-        k, v = k.astype(state.keys.dtype), v.astype(state.values.dtype)
-        q = q.astype(k.dtype)
-        new = _write(state, k, v, segment_ids, stream_index)
         if self.window is None or length == 1:
             if self.window is None:
                 _check_room(state.position, length, slots)
-            # Slot s holds the youngest token n with n % slots = s.
-            newest = stream_index[:, -1:]
-            key_index = newest - (newest - jnp.arange(slots, dtype=jnp.int32)) % slots
+            # Slot s holds the youngest token n before these with n % slots = s.
+            newest = state.position[:, None] - 1
+            cached_index = newest - (newest - jnp.arange(slots, dtype=jnp.int32)) % slots
             out = cached_attention(
                 q,
-                new.keys,
-                new.values,
+                k,
+                v,
+                state.keys,
+                state.values,
                 query_index=stream_index,
-                key_index=key_index,
-                query_segment_ids=segment_ids,
-                key_segment_ids=new.segment_ids,
+                cached_index=cached_index,
+                segment_ids=segment_ids,
+                cached_segment_ids=state.segment_ids,
                 window=self.window,
                 scale=self.scale,
                 logits_soft_cap=self.logits_soft_cap,
             )
             if self.window is None:
-                overflowed = new.position > slots
+                overflowed = state.position + length > slots
                 out = jnp.where(overflowed[:, None, None, None], jnp.nan, out)
-            return out, new
-        # Later tokens of the chunk would overwrite what earlier ones still see, so the chunk
-        # attends to the old cache, put in order, followed by itself.
+            return out
+        # For a longer piece the cache is put in order, followed by the piece: one sequence.
         order = (state.position[:, None] + jnp.arange(slots, dtype=jnp.int32)) % slots
         cached = (state.keys, state.values, state.segment_ids)
         keys, values, segments = (
             jnp.concatenate([_take(old, order), added], axis=1)
             for old, added in zip(cached, (k, v, segment_ids), strict=True)
         )
-        return self._attend(q, keys, values, segments), new
+        return self._attend(q, keys, values, segments)
 
     def _attend(self, q, k, v, segment_ids) -> jax.Array:
         return sliding_window_attention(
@@ -242,21 +295,6 @@ class SlidingWindowAttention(nnx.Module):
             scale=self.scale,
             logits_soft_cap=self.logits_soft_cap,
         )
-
-
-def _write(state: AttentionState, k, v, segment_ids, stream_index) -> AttentionState:
-    """Put the youngest tokens into their slots."""
-    slots = state.keys.shape[1]
-    kept = min(slots, k.shape[1])
-    rows = jnp.arange(k.shape[0])[:, None]
-    columns = stream_index[:, -kept:] % slots
-    return AttentionState(
-        keys=state.keys.at[rows, columns].set(k[:, -kept:]),
-        values=state.values.at[rows, columns].set(v[:, -kept:]),
-        segment_ids=state.segment_ids.at[rows, columns].set(segment_ids[:, -kept:]),
-        position=state.position + k.shape[1],
-        last_segment=segment_ids[:, -1],
-    )
 
 
 def _take(x: jax.Array, order: jax.Array) -> jax.Array:

@@ -243,7 +243,8 @@ def _gated_delta(config: StackConfig, rngs: nnx.Rngs) -> nnx.Module:
 
 
 # Makes the mixer of a block from the configuration. A mixer maps x [B, T, M] to [B, T, M], keeps
-# the state protocol of `SlidingWindowAttention`, and calls its last projection `output`.
+# the state protocol of `SlidingWindowAttention`, and calls its last projection `output`. One whose
+# state is large may have `advance` and `absorb`, for a call in two steps: see there.
 MIXERS: dict[str, Callable[[StackConfig, nnx.Rngs], nnx.Module]] = {
     "attention": lambda config, rngs: _attention(config, None, rngs),
     "swa": lambda config, rngs: _attention(config, config.window, rngs),
@@ -301,16 +302,22 @@ class Block(nnx.Module):
             projection.kernel[...] = projection.kernel[...] * (2 * config.depth) ** -0.5
 
     def __call__(self, x, *, positions=None, segment_ids=None, state):
-        """Apply the block to x [B, T, M]; returns it and the mixer's state, None if it was."""
+        """Apply the block to x [B, T, M]; returns it and what `absorb` takes, None without."""
         options = {"positions": positions, "segment_ids": segment_ids}
         mixed = self.mixer_norm(x)
         if state is None:
             mixed = self.mixer(mixed, **options)
         else:
-            mixed, state = self.mixer(mixed, **options, state=state)
+            advance = getattr(self.mixer, "advance", self.mixer)
+            mixed, state = advance(mixed, **options, state=state)
         x = x + (self.mixer_post_norm(mixed) if self.post_norms else mixed)
         added = self.mlp(self.mlp_norm(x))
         return x + (self.mlp_post_norm(added) if self.post_norms else added), state
+
+    def absorb(self, state, added):
+        """Make the mixer's new state of the old one and what a call returned beside its output."""
+        absorb = getattr(self.mixer, "absorb", None)
+        return added if absorb is None else absorb(state, added)
 
 
 def make_periods(config: StackConfig, *, rngs: nnx.Rngs) -> nnx.List:
@@ -373,15 +380,20 @@ def apply_periods(
         variables, states = variables_and_state
         blocks = nnx.merge(definition, variables)
         states = [None] * len(blocks) if states is None else states
-        new_states = []
+        added = []
         for block, block_state in zip(blocks, states, strict=True):
-            x, block_state = block(
-                x, positions=positions, segment_ids=segment_ids, state=block_state
-            )
-            new_states.append(block_state)
-        return x, tuple(new_states)
+            x, of_block = block(x, positions=positions, segment_ids=segment_ids, state=block_state)
+            added.append(of_block)
+        return x, tuple(added)
 
     if (policy := REMAT_POLICIES[config.remat]) is not None:
         # Inside a scan XLA cannot merge the two computations, so no barrier is needed.
         apply_period = jax.checkpoint(apply_period, policy=policy, prevent_cse=False)
-    return jax.lax.scan(apply_period, x, (variables, state))
+    x, added = jax.lax.scan(apply_period, x, (variables, state))
+    if state is None:
+        return x, added
+    # Out here, where a large state is one array, which is written to in place.
+    return x, tuple(
+        None if old is None else jax.vmap(block.absorb)(old, new)
+        for block, old, new in zip(periods, state, added, strict=True)
+    )

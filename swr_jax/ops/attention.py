@@ -11,11 +11,12 @@ Symbols: B batch, T queries, S keys, N query heads, Nkv key/value heads, Dh feat
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from swr_jax.ops.attention_blocks import query_chunks
 from swr_jax.ops.attention_evaluation import (
     LogitOptions,
-    attend_xla,
+    attend_parts,
     may_use_kernels,
     pick,
     run,
@@ -115,30 +116,35 @@ def cached_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    cached_k: jax.Array,
+    cached_v: jax.Array,
     *,
     query_index: jax.Array,
-    key_index: jax.Array,
-    query_segment_ids: jax.Array,
-    key_segment_ids: jax.Array,
+    cached_index: jax.Array,
+    segment_ids: jax.Array,
+    cached_segment_ids: jax.Array,
     window: int | None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
 ) -> jax.Array:
-    """Attend new tokens against a cache whose slots hold tokens in any order.
+    """Attend new tokens against each other and a cache whose slots hold earlier ones in any order.
 
-    Query t sees slot s if slot s is filled, is not younger than the query, is younger than
-    query_index - window, and belongs to the same segment. Softmax in float32; queries are taken in
-    chunks, so memory for logits is O(S) for a long prompt. XLA only: a decoding step is bound by
-    reading the cache, which a plain matrix-vector product already does once.
+    Query t sees a key if that is not younger than itself, is younger than query_index - window, and
+    belongs to the same segment. The cache is read where it lies: nothing is copied behind it or
+    written into it. Logits and softmax in float32; queries are taken in chunks, so memory for
+    logits is O(S) for a long prompt. XLA only: a decoding step is bound by reading the cache, which
+    a plain matrix-vector product already does once.
 
     Args:
       q: queries [B, T, N, Dh].
-      k: cached keys [B, S, Nkv, Dh], the queries' own included.
-      v: cached values [B, S, Nkv, Dh].
+      k: their own keys [B, T, Nkv, Dh].
+      v: their own values [B, T, Nkv, Dh].
+      cached_k: cached keys [B, S, Nkv, Dh].
+      cached_v: cached values [B, S, Nkv, Dh].
       query_index: [B, T] int32, place of each query in its stream of tokens, from 0.
-      key_index: [B, S] int32, place of the token in each slot; negative for an empty slot.
-      query_segment_ids: [B, T] int32.
-      key_segment_ids: [B, S] int32.
+      cached_index: [B, S] int32, place of the token in each slot; negative for an empty slot.
+      segment_ids: [B, T] int32.
+      cached_segment_ids: [B, S] int32.
       window: number of keys that a query sees, its own included; None: all before it.
       scale, logits_soft_cap: as `sliding_window_attention` takes them.
 
@@ -150,7 +156,15 @@ def cached_attention(
     """
     options = LogitOptions(scale, logits_soft_cap)
     check_options(options)
-    attend = functools.partial(attend_xla, options=options)
+    attend = functools.partial(attend_parts, options=options)
     return query_chunks(
-        q, k, v, query_index, key_index, query_segment_ids, key_segment_ids, window, attend
+        q,
+        (cached_k, k),
+        (cached_v, v),
+        query_index,
+        jnp.concatenate([cached_index, query_index], axis=1),
+        segment_ids,
+        jnp.concatenate([cached_segment_ids, segment_ids], axis=1),
+        window,
+        attend,
     )

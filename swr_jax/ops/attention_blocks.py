@@ -150,7 +150,11 @@ def query_chunks(
     attend: Attend,
     chunk: int = _QUERY_CHUNK,
 ) -> jax.Array:
-    """Attend chunk after chunk of queries, so that only one chunk's logits exist at a time."""
+    """Attend chunk after chunk of queries, so that only one chunk's logits exist at a time.
+
+    Keys and values are given to `attend` as they are: they may be in parts, whose places and
+    segments follow one another.
+    """
 
     def attend_chunk(part):
         q, query_index, query_segments = part
@@ -160,7 +164,7 @@ def query_chunks(
     length = q.shape[1]
     chunks = -(-length // chunk)
     # Without the checkpoint the backward pass would find every chunk's weights: T x S after all.
-    if chunks > 1 or k.shape[1] > 2 * _QUERY_CHUNK:
+    if chunks > 1 or key_index.shape[1] > 2 * _QUERY_CHUNK:
         attend_chunk = jax.checkpoint(attend_chunk)
     if chunks == 1:
         return attend_chunk((q, query_index, query_segments))

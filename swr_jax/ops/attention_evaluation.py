@@ -6,10 +6,12 @@ device has handed on; see `attention_blocks` for what `start` says of it.
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from swr_jax.ops import attention_splash
 from swr_jax.ops.attention_blocks import Start, blocks, causal, realigned
@@ -121,22 +123,45 @@ def attend_xla(
             q, k, v, mask=mask, scale=options.scale, implementation="xla"
         )
     else:
-        out = _attend_capped(q, k, v, mask, options)
+        out = attend_parts(q, (k,), (v,), mask, options)
     return out.astype(dtype)
 
 
-def _attend_capped(q, k, v, mask, options: LogitOptions) -> jax.Array:
-    """Do what jax.nn does, with the soft cap that it has not; float32 inside."""
+def attend_parts(
+    q,
+    keys: Sequence[jax.Array],
+    values: Sequence[jax.Array],
+    mask,
+    options: LogitOptions = LogitOptions(),  # noqa: B008 - a tuple
+) -> jax.Array:
+    """Attend keys [B, S', Nkv, Dh] in parts, under a mask [B, 1, T, S] over all; float32 inside."""
     batch, queries, heads, features = q.shape
     scale = features**-0.5 if options.scale is None else options.scale
-    q = q.reshape(batch, queries, k.shape[2], -1, features)
-    logits = jnp.einsum("btngd,bsnd->bngts", q, k, preferred_element_type=jnp.float32)
-    logits = options.soft_cap * jnp.tanh(logits * (scale / options.soft_cap))
-    # Finite: a query that sees nothing is one that is thrown away, but not by way of a NaN.
-    logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bngts,bsnd->btngd", weights, v, preferred_element_type=jnp.float32)
-    return out.reshape(batch, queries, heads, features)
+    grouped = q.reshape(batch, queries, keys[0].shape[2], -1, features)
+    ends = np.cumsum([part.shape[1] for part in keys])[:-1]
+    masks = jnp.split(mask[:, :, None], ends, axis=-1)
+    logits = []
+    for part, seen in zip(keys, masks, strict=True):
+        found = jnp.einsum("btngd,bsnd->bngts", grouped, part, preferred_element_type=jnp.float32)
+        if options.soft_cap is None:
+            found *= scale
+        else:
+            found = options.soft_cap * jnp.tanh(found * (scale / options.soft_cap))
+        # Finite: a query that sees nothing is one that is thrown away, but not by way of a NaN.
+        logits.append(jnp.where(seen, found, jnp.finfo(jnp.float32).min))
+    top = functools.reduce(jnp.maximum, [part.max(axis=-1, keepdims=True) for part in logits])
+    weights = [jnp.exp(part - jax.lax.stop_gradient(top)) for part in logits]
+    total = sum(part.sum(axis=-1, keepdims=True) for part in weights)
+    out = sum(
+        jnp.einsum(
+            "bngts,bsnd->btngd",
+            (part / total).astype(value.dtype),
+            value,
+            preferred_element_type=jnp.float32,
+        )
+        for part, value in zip(weights, values, strict=True)
+    )
+    return out.reshape(batch, queries, heads, features).astype(q.dtype)
 
 
 def _attend_cudnn(q, k, v, mask, *, options: LogitOptions) -> jax.Array:

@@ -22,7 +22,7 @@ from swr_jax.ops import mlstm_state as validation
 from swr_jax.ops.dispatch import by_first_able, candidates
 from swr_jax.ops.mlstm_chunkwise import Options, State
 from swr_jax.ops.mlstm_evaluation import evaluate
-from swr_jax.ops.mlstm_sharded import over_mesh
+from swr_jax.ops.mlstm_sharded import over_mesh, with_state_over_mesh
 from swr_jax.ops.mlstm_state import MLSTMState
 from swr_jax.ops.sharded import split_of
 
@@ -108,8 +108,11 @@ def mlstm(
     def empty(q, v):
         return State(*_enter(_empty_state(q, v), input_gate, dtype))
 
-    if initial_state is None and not return_state and (split := split_of(*q.shape[:3])):
+    split = split_of(*q.shape[:3])
+    if split is not None and initial_state is None and not return_state:
         return over_mesh(evaluated, empty, options, split, q, k, v, log_i, log_f)
+    if split is not None and split.sequence == 1:
+        evaluated = with_state_over_mesh(evaluated, split)
     given = initial_state is not None
     start = State(*_enter(initial_state, input_gate, dtype)) if given else empty(q, v)
     h, last = evaluated(q, k, v, log_i, log_f, start)

@@ -53,6 +53,22 @@ def over_mesh(
     )
 
 
+def with_state_over_mesh(chunkwise: Chunkwise, split: Split) -> Chunkwise:
+    """Return an mLSTM from state to state as one that computes batch and heads apart.
+
+    Args:
+        chunkwise: the mLSTM of one device.
+        split: from `sharded.split_of`, the sequence in one part.
+    """
+    of_state = jax.P(split.batch, split.heads)
+    return jax.shard_map(
+        chunkwise,
+        mesh=split.mesh,
+        in_specs=(*(split.spec,) * 5, of_state),
+        out_specs=(split.spec, of_state),
+    )
+
+
 def _before(options: Options, k: Array, v: Array, log_i: Array, log_f: Array, parts: int) -> State:
     """Return the state before this device's tokens.
 

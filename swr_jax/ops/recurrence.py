@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from swr_jax.ops import validation
 from swr_jax.ops.dispatch import by_first_able, candidates
 from swr_jax.ops.evaluation import evaluate
-from swr_jax.ops.sharded import over_mesh, reach_of, split_of
+from swr_jax.ops.sharded import over_mesh, reach_of, split_of, with_state_over_mesh
 from swr_jax.ops.state import RecurrenceState
 
 Array = jax.Array
@@ -239,13 +239,15 @@ def _recurrence(
         return by_first_able(names, call)
 
     window = {"block_size": block_size, "lookback": lookback}
-    split = None
-    if initial_state is None and not return_state:
-        split_heads = v.shape[2] if gates is None else gates[0].shape[2]
-        split = split_of(*v.shape[:2], split_heads, reach=reach_of(**window))
-    if split is None:
+    split_heads = v.shape[2] if gates is None else gates[0].shape[2]
+    split = split_of(*v.shape[:2], split_heads, reach=reach_of(**window))
+    if initial_state is not None or return_state:
+        if split is not None and split.sequence == 1:
+            evaluated = with_state_over_mesh(evaluated, split, return_state, **window)
         out, state = evaluated(a, v, gates, initial_state)
         return (out, state) if return_state else out
+    if split is None:
+        return evaluated(a, v, gates, None)[0]
     return over_mesh(
         lambda *arguments: evaluated(*arguments)[0], split, a, v, gates, dtype=dtype, **window
     )

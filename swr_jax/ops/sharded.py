@@ -132,6 +132,49 @@ def over_mesh(
     return jax.shard_map(part, mesh=split.mesh, in_specs=specs, out_specs=split.spec)(a, v, gates)
 
 
+def with_state_over_mesh(
+    recurrence: Callable[..., tuple[Array, RecurrenceState | None]],
+    split: Split,
+    return_state: bool,
+    *,
+    block_size: int,
+    lookback: int | None,
+) -> Callable[..., tuple[Array, RecurrenceState | None]]:
+    """Return a recurrence that reads or returns a state as one that computes batch and heads apart.
+
+    Args:
+        recurrence: takes decays, inputs, gates and an initial state to the output and the state
+            after it.
+        split: from `split_of`, the sequence in one part.
+        return_state: whether there is a state after it.
+        block_size, lookback: the window.
+    """
+    of_state = RecurrenceState(
+        local=jax.P(split.batch, split.heads),
+        carriers=jax.P(split.batch, None, split.heads),
+        decays=jax.P(split.batch, None, split.heads),
+        position=jax.P(split.batch),
+        block_size=block_size,
+        lookback=lookback,
+    )
+
+    def call(a: Array, v: Array, gates: Gates, initial_state: RecurrenceState | Array | None):
+        before = of_state if isinstance(initial_state, RecurrenceState) else of_state.local
+        return jax.shard_map(
+            recurrence,
+            mesh=split.mesh,
+            in_specs=(
+                split.spec,
+                split.spec,
+                None if gates is None else (split.spec, split.spec),
+                None if initial_state is None else before,
+            ),
+            out_specs=(split.spec, of_state if return_state else None),
+        )(a, v, gates, initial_state)
+
+    return call
+
+
 def _before_window(a, factors, time, parts, block_size, lookback, dtype):
     """Return the state that this device's part starts from: None, carriers, or mid-block.
 

@@ -207,7 +207,8 @@ class DistillConfig:
     whose mixer in `model.pattern` is not the teacher's are new, all else is as in the teacher.
     teacher_step: step of the teacher's newest checkpoint; None: any, and the run's checkpoints
     have it from then on, so that a run does not go on with a teacher that has learned more.
-    train: what is updated, the "new" mixers or "all". init: how Phalanx starts, as for
+    train: what is updated, the "new" mixers or "all". kept_rate: with "all", the learning rate of
+    what is the teacher's, over that of what is new. init: how Phalanx starts, as for
     `swap_mixers`.
 
     The loss is a weighted sum of means over targets. hidden: weight of the squared distance of a
@@ -219,6 +220,7 @@ class DistillConfig:
     teacher: str = ""
     teacher_step: int | None = None
     train: str = "new"
+    kept_rate: float = 0.1
     init: str = "average"
     hidden: float = 10.0
     logits: float = 1.0
@@ -227,6 +229,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         _require(self.train in ("new", "all"), "distill.train", self.train, "new or all")
+        _require(0 < self.kept_rate <= 1, "distill.kept_rate", self.kept_rate, "above 0, at most 1")
         _require(self.init in INITS, "distill.init", self.init, f"one of {', '.join(INITS)}")
         weights = ("hidden", "logits", "cross_entropy")
         for name in weights:

@@ -80,6 +80,10 @@ class _Recorder(nnx.Module):
         x, _ = self.block(x, **options, state=None)
         return x, x
 
+    def absorb(self, state: Any, added: jax.Array) -> jax.Array:
+        del state
+        return added
+
 
 def logits_and_hidden(
     model: LanguageModel, layers: Sequence[int], tokens: jax.Array, **options: Any

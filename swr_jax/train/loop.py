@@ -125,7 +125,7 @@ def train(config: TrainConfig, workdir: Path) -> Summary:
     unigram = unigram_bits_per_byte(corpus, held_out)
 
     config, teacher = with_teacher(config, mesh)
-    blueprint = make_blueprint(config, mesh, trained=teacher and teacher.trained)
+    blueprint = make_blueprint(config, mesh, new=teacher and teacher.new)
     models = drawn_models(config)
     train_steps = {
         size: make_train_step(

@@ -46,10 +46,21 @@ def decay_mask(axes: Any) -> Any:
 
 
 def make_optimizer(
-    config: OptimizerConfig, *, schedule: optax.Schedule, axes: Any
+    config: OptimizerConfig,
+    *,
+    schedule: optax.Schedule,
+    axes: Any,
+    rates: Any = None,
 ) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW (arXiv 1711.05101) with `decay_mask(axes)`."""
-    adamw = optax.adamw(
+    """Clipping by the global norm, then AdamW (arXiv 1711.05101) with `decay_mask(axes)`.
+
+    Args:
+        config: the optimizer's options.
+        schedule: learning rate by update.
+        axes: logical axis names of each parameter, as `logical_axes` gives them.
+        rates: what the learning rate of each parameter is multiplied by; None: 1.
+    """
+    optimizer = optax.adamw(
         schedule,
         b1=config.beta1,
         b2=config.beta2,
@@ -57,6 +68,11 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         mask=decay_mask(axes),
     )
-    if config.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    if config.clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    if rates is not None:
+        multiplied = optax.stateless(
+            lambda updates, _: jax.tree.map(lambda x, rate: x * rate, updates, rates)
+        )
+        optimizer = optax.chain(optimizer, multiplied)
+    return optimizer

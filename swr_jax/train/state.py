@@ -112,14 +112,27 @@ def abstract_params(config: LanguageModelConfig, mesh: Mesh) -> Params:
 
 
 def make_blueprint(
-    config: TrainConfig, mesh: Mesh, *, trained: frozenset[ParamPath] | None = None
+    config: TrainConfig, mesh: Mesh, *, new: frozenset[ParamPath] | None = None
 ) -> Blueprint:
-    """Plans model, optimizer and the place of every array, without allocating any."""
+    """Plans model, optimizer and the place of every array, without allocating any.
+
+    Args:
+        config: the run.
+        mesh: where its arrays lie.
+        new: paths of the parameters that are not a teacher's; None: all are treated alike.
+    """
+    trained, rates = None, None
     graphdef, variables = abstract_model(config.model)
     params, axes = nnx.to_pure_dict(variables), logical_axes(variables)
+    if new is not None and config.distill.train == "new":
+        trained = new
+    elif new is not None:
+        paths = traverse_util.flatten_dict(params)
+        rates = {path: 1.0 if path in new else config.distill.kept_rate for path in paths}
+        rates = traverse_util.unflatten_dict(rates)
     schedule = learning_rate_schedule(config.optimizer, steps=config.steps)
     optimizer = make_optimizer(
-        config.optimizer, schedule=schedule, axes=trained_part(axes, trained)
+        config.optimizer, schedule=schedule, axes=trained_part(axes, trained), rates=rates
     )
     opt_state = jax.eval_shape(optimizer.init, trained_part(params, trained))
     rng = jax.eval_shape(lambda: jax.random.key(0))

@@ -12,8 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from swr_jax.train.config import GuardConfig
 from swr_jax.train.distill import Distillation, Hidden, logits_and_hidden
+from swr_jax.train.gather import gathering
 from swr_jax.train.guard import guarded
-from swr_jax.train.sharding import MICRO_BATCH_SPEC, batch_sharding, gathered
+from swr_jax.train.sharding import MICRO_BATCH_SPEC, batch_sharding
 from swr_jax.train.state import Blueprint, Params, TrainState
 
 _NO_GUARD = GuardConfig()
@@ -54,15 +55,9 @@ def _run(
     layers: tuple[int, ...] = (),
 ) -> tuple[jax.Array, Hidden]:
     """A model's logits, and the outputs of some layers."""
-
-    def gather(param: jax.Array, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.lax.with_sharding_constraint(param, gathered(abstract.sharding))
-
-    # Parameters that stay split over fsdp would make the compiler split the features of the
-    # activations likewise, and gather the batch on every device.
-    params = jax.tree.map(gather, params, abstract)
-    model = nnx.merge(graphdef, params)
-    mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    model = gathering(graphdef, params, shardings)
+    mesh = jax.tree.leaves(shardings)[0].mesh
     tokens, options = batch["tokens"], {name: batch[name] for name in ("positions", "segment_ids")}
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # The operators split along its axes.
         if layers:

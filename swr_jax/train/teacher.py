@@ -36,13 +36,14 @@ _FREE = frozenset({"pattern", "remat", "dtype", "param_dtype"})
 class Teacher:
     """A trained model on the mesh, and what a student is to it.
 
-    model: its configuration. params: its parameters. trained: paths of the student's parameters
-    that are updated; None: all. distillation: what the student learns.
+    model: its configuration. params: its parameters. new: paths of the student's parameters that
+    are not the teacher's; None: they are updated like all others. distillation: what the student
+    learns.
     """
 
     model: LanguageModelConfig
     params: Params
-    trained: frozenset[ParamPath] | None
+    new: frozenset[ParamPath] | None
     distillation: Distillation
 
     @property
@@ -91,9 +92,10 @@ def with_teacher(config: TrainConfig, mesh: Mesh) -> tuple[TrainConfig, Teacher 
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
         ),
     )
-    trained = new_parameters(config.model, layers) if distill.train == "new" else None
+    alike = distill.train == "all" and distill.kept_rate == 1
+    new = None if alike else new_parameters(config.model, layers)
     distill = dataclasses.replace(distill, teacher_step=step)
-    teacher = Teacher(run.model, params, trained, distillation)
+    teacher = Teacher(run.model, params, new, distillation)
     return dataclasses.replace(config, distill=distill), teacher
 
 
@@ -144,7 +146,8 @@ def new_parameters(student: LanguageModelConfig, layers: tuple[int, ...]) -> fro
         pattern = tuple(mixer for mixer, _ in shortest_period(mixers))
         raise ValueError(
             f"model.pattern={student.pattern} stacks new and old {student.pattern[mixed[0]]!r} in "
-            f"one array, which distill.train='new' cannot tell apart: write it as {pattern}"
+            f"one array, which only distill.train='all' with distill.kept_rate=1 treats alike: "
+            f"write it as {pattern}"
         )
     places = {layer % period for layer in layers}
     paths = traverse_util.flatten_dict(nnx.to_pure_dict(abstract_model(student)[1]))

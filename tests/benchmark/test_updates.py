@@ -7,6 +7,7 @@ import pytest
 
 from swr_jax.benchmark import plots, timing, trainer, updates
 from swr_jax.benchmark.oracle import OracleError
+from swr_jax.benchmark.records import Session
 
 
 def test_models_have_equal_size():
@@ -38,12 +39,14 @@ def test_a_model_whose_gradient_differs_is_not_timed(monkeypatch):
     monkeypatch.setattr(updates, "Update", Wrong)
     monkeypatch.setattr(timing, "measure", refuse)
     with pytest.raises(OracleError, match=r"phalanx_hybrid: grad_norm of an update is 1.0, 1.01"):
-        list(updates.run(updates.TINY))
+        list(updates.run(updates.TINY, Session({"measurements": []})))
 
 
 @pytest.mark.slow
 def test_what_is_measured_is_written_and_drawn(tmp_path):
-    rows = list(updates.run(updates.TINY))
+    before = Session({"measurements": [{"case": "T 32"}]})
+    assert [m["case"] for m in updates.run(updates.TINY, before)] == ["T 64"]  # goes on
+    rows = list(updates.run(updates.TINY, Session({"measurements": []})))
     assert [(m["tokens"], m["rows"]) for m in rows] == [(32, 2), (64, 1)]
     for m in rows:
         assert set(m["contestants"]) == set(updates.PATTERNS)
@@ -75,7 +78,7 @@ def test_targets_are_judged_where_they_were_measured():
 
 @pytest.mark.slow
 def test_the_loop_is_compared_with_its_updates():
-    (found,) = trainer.run(trainer.TINY)
+    (found,) = trainer.run(trainer.TINY, Session({"measurements": []}))
     seconds = {name: spread["median"] for name, spread in found["seconds"].items()}
     overhead = found["overhead"]["median"]
     assert overhead == pytest.approx(seconds["loop"] / seconds["update"] - 1)

@@ -155,22 +155,25 @@ def test_packed_documents_equal_separate_runs(window):
 @pytest.mark.parametrize("window", [None, 7, 16])
 def test_a_cache_in_any_order_equals_dense_attention(window):
     queries, keys, slots = 5, 23, 30
+    before = keys - queries
     q, k, v, _ = inputs(queries, keys)
     packing = segments(keys, every=12)
     order = np.random.default_rng(0).permutation(slots)
     place = np.full((2, slots), -1, np.int32)
-    place[:, order[:keys]] = np.arange(keys)
+    place[:, order[:before]] = np.arange(before)
     cache = [np.full((2, slots, 2, 8), 1e3, np.float32) for _ in range(2)]
     cached_segments = np.ones((2, slots), np.int32)
     for stored, x in zip([*cache, cached_segments], (k, v, packing), strict=True):
-        stored[:, order[:keys]] = x
+        stored[:, order[:before]] = x[:, :before]
     out = cached_attention(
         q,
+        k[:, before:],
+        v[:, before:],
         *map(jnp.asarray, cache),
-        query_index=jnp.broadcast_to(jnp.arange(keys - queries, keys), (2, queries)),
-        key_index=jnp.asarray(place),
-        query_segment_ids=jnp.asarray(packing[:, -queries:]),
-        key_segment_ids=jnp.asarray(cached_segments),
+        query_index=jnp.broadcast_to(jnp.arange(before, keys), (2, queries)),
+        cached_index=jnp.asarray(place),
+        segment_ids=jnp.asarray(packing[:, before:]),
+        cached_segment_ids=jnp.asarray(cached_segments),
         window=window,
     )
     assert relative_error(out, dense_attention(q, k, v, window, packing)) <= 1e-6

@@ -78,12 +78,14 @@ def test_a_cache_is_attended_alike(window):
     places = jnp.broadcast_to(jnp.arange(17), (2, 17))
     out = cached_attention(
         q,
-        k,
-        v,
-        query_index=places[:, -5:],
-        key_index=places,
-        query_segment_ids=jnp.zeros((2, 5), jnp.int32),
-        key_segment_ids=jnp.zeros((2, 17), jnp.int32),
+        k[:, 12:],
+        v[:, 12:],
+        k[:, :12],
+        v[:, :12],
+        query_index=places[:, 12:],
+        cached_index=places[:, :12],
+        segment_ids=jnp.zeros((2, 5), jnp.int32),
+        cached_segment_ids=jnp.zeros((2, 12), jnp.int32),
         window=window,
         **OPTIONS,
     )
@@ -133,13 +135,11 @@ def test_numbers_that_are_none_are_named(name, value):
     place, documents = jnp.zeros((2, 4), jnp.int32), jnp.zeros((2, 4), jnp.int32)
     with pytest.raises(ValueError, match=rf"{name}={value!r}"):
         cached_attention(
-            q,
-            k,
-            v,
+            *(q, k, v, k, v),
             query_index=place,
-            key_index=place,
-            query_segment_ids=documents,
-            key_segment_ids=documents,
+            cached_index=place,
+            segment_ids=documents,
+            cached_segment_ids=documents,
             window=None,
             **{name: value},
         )

@@ -65,6 +65,29 @@ def test_batch_and_heads_are_computed_apart():
     assert_close(got[0], expected(problem, packed=True)[0], FLOAT32)
 
 
+def test_streams_with_a_state_are_computed_apart():
+    problem = draw(20, KINDS, heads=2)
+
+    def stream(*inputs):
+        first, state = mlstm(*(x[:, :7] for x in inputs), return_state=True, chunk_size=16)
+        rest, state = mlstm(
+            *(x[:, 7:] for x in inputs), initial_state=state, return_state=True, chunk_size=16
+        )
+        return jnp.concatenate([first, rest], axis=1), state.memory
+
+    wanted = quick_jit(stream)(*problem.inputs)
+    mesh = mesh_of(2, 2, 2, 1)
+    sharding = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "tensor"))
+    with jax.set_mesh(mesh):
+        inputs = [jax.device_put(x, sharding) for x in problem.inputs]
+        compiled = quick_jit(stream).lower(*inputs).compile()
+        got = compiled(*inputs)
+    assert collectives(compiled.as_text()) == {}
+    for x, one_device in zip(got, wanted, strict=True):
+        assert not x.sharding.is_fully_replicated
+        assert_close(x, np.asarray(one_device, np.float64), FLOAT32)
+
+
 def test_an_axis_that_does_not_divide_is_left_out():
     """Three rows, three heads, and seven tokens for two devices."""
     problem = draw(7, KINDS[:3])

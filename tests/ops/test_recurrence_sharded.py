@@ -76,6 +76,43 @@ def test_batch_and_heads_are_computed_apart(sizes):
         assert_close(x, np.asarray(one_device, np.float64), FLOAT32)
 
 
+@pytest.mark.parametrize("lookback", [0, 1, 2, None])
+def test_streams_with_a_state_are_computed_apart(lookback):
+    """Two calls, the second from where the first one stopped in the midst of a block."""
+    window = {"block_size": 8, "lookback": lookback}
+    a, b, c, v, y_bar = draw_arguments(20, batch=8)
+    parts = (slice(None, 11), slice(11, None))
+
+    def stream(y_bar, *inputs):
+        def run(*inputs):
+            state, out = None, []
+            for part in parts:
+                y, state = gated_sliding_window_recurrence(
+                    *(x[:, part] for x in inputs),
+                    initial_state=state,
+                    return_state=True,
+                    **window,
+                )
+                out.append(y)
+            return jnp.concatenate(out, axis=1), state.local
+
+        (y, local), pull = jax.vjp(run, *inputs)
+        return y, local, *pull((y_bar, jnp.sin(local)))
+
+    arguments = (y_bar, a, b, c, v)
+    wanted = jax.jit(stream)(*arguments)
+    mesh = mesh_of(2, 2, 2, 1)
+    sharding = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "tensor"))
+    with jax.set_mesh(mesh):
+        arguments = [jax.device_put(x, sharding) for x in arguments]
+        compiled = jax.jit(stream).lower(*arguments).compile()
+        got = compiled(*arguments)
+    assert collectives(compiled.as_text()) == {}
+    for x, one_device in zip(got, wanted, strict=True):
+        assert not x.sharding.is_fully_replicated
+        assert_close(x, np.asarray(one_device, np.float64), FLOAT32)
+
+
 def test_an_axis_that_does_not_divide_is_left_out():
     """Three rows, five heads; seven tokens, or parts that a window would reach past."""
     for length in (7, 32):

@@ -61,9 +61,23 @@ def test_a_step_takes_longer_than_its_floor(decoding):
 
 
 def test_prefill_reads_a_chunk_of_every_prompt():
-    found = plan("prefill", "v5e:2x2", data=4)
+    found = plan("prefill", "v5e:2x2", data=2, tensor=2)
     assert found["tokens_per_step"] == STREAMS * CHUNK
+    assert found["kernels"]["swr_gated_forward"]["calls"] == DEPTH // 2
     assert found["seconds"] > found["floor_seconds"]
+
+
+def test_prefill_has_kernels_for_mlstm_too():
+    found = plan("prefill", "v5e:2x2", pattern=("mlstm",), data=2, tensor=2)
+    assert any(name.startswith("mlstm") for name in found["kernels"]), found["kernels"]
+
+
+def test_decoding_moves_a_long_cache_once():
+    """It is read, and the new token is written into it: no copy of it in between."""
+    sizes = {"streams": 4, "mode": "decode", "context": 65_536}
+    found = make_inference_plan(config(("attention",), data=4), "v5e:2x2", **sizes)
+    assert found["temporary"] < 0.25 * found["held"]["states"]
+    assert found["seconds"] < 3 * found["floor_seconds"]
 
 
 @pytest.mark.parametrize("pattern", [("swa", "mlstm"), ("swa", "gated_delta"), ("phalanx",)])

@@ -132,8 +132,8 @@ def test_recorded_outputs_are_those_of_the_blocks_one_by_one(layers, remat):
 def gradient_on(mesh: Mesh, config: TrainConfig, *, train="new", accumulation=1, **weights):
     """Gradient and sums at parameters that do not depend on the mesh."""
     config = dataclasses.replace(config, model=STUDENT)
-    trained = new_parameters(STUDENT, (0, 2)) if train == "new" else None
-    blueprint = make_blueprint(config, mesh, trained=trained)
+    new = new_parameters(STUDENT, (0, 2)) if train == "new" else None
+    blueprint = make_blueprint(config, mesh, new=new)
     distillation = Distillation(
         config=DistillConfig(**weights),
         layers=new_layers(TEACHER, STUDENT),
@@ -261,8 +261,7 @@ def test_only_the_new_mixers_move_and_they_learn(student_run, teacher_run, stude
     for path in set(after) - new:
         np.testing.assert_array_equal(after[path], before[path], err_msg=str(path))
     mesh = make_mesh(MeshConfig())
-    trained = new_parameters(student_config.model, (0,))
-    blueprint = make_blueprint(student_config, mesh, trained=trained)
+    blueprint = make_blueprint(student_config, mesh, new=new_parameters(student_config.model, (0,)))
     moments = [x for x in jax.tree.leaves(blueprint.abstract.opt_state) if x.ndim]
     assert len(moments) == 2 * len(new)  # and nothing else has any
 
@@ -305,6 +304,27 @@ def test_a_teacher_that_has_gone_on_is_refused(student_config, tmp_path):
     distill = dataclasses.replace(student_config.distill, teacher_step=2)
     with pytest.raises(ValueError, match=r"distill.teacher_step=2, but .* is of step 3"):
         train(dataclasses.replace(student_config, distill=distill), tmp_path)
+
+
+def test_what_is_the_teachers_moves_slower(config):
+    new = new_parameters(STUDENT, (0, 2))
+
+    def update(rate: float) -> dict[tuple, np.ndarray]:
+        distill = DistillConfig(train="all", kept_rate=rate)
+        changed = dataclasses.replace(config, model=STUDENT, distill=distill)
+        blueprint = make_blueprint(changed, one_device(), new=new)
+        state = init_state(changed, blueprint)
+        gradient = jax.tree.map(
+            lambda x: jnp.sin(jnp.arange(x.size)).reshape(x.shape), state.params
+        )
+        moved, _ = blueprint.optimizer.update(gradient, state.opt_state, state.params)
+        return jax.device_get(traverse_util.flatten_dict(moved))
+
+    whole, part = update(1.0), update(0.25)
+    assert set(new) < set(whole)
+    for path, value in whole.items():
+        assert np.abs(value).max() > 0
+        np.testing.assert_allclose(part[path], value * (1 if path in new else 0.25), rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -356,6 +376,7 @@ def test_new_and_old_of_a_kind_must_not_be_stacked():
     ("options", "message"),
     [
         ({"train": "some"}, "distill.train must be new or all, got 'some'"),
+        ({"kept_rate": 0.0}, "distill.kept_rate must be above 0, at most 1, got 0.0"),
         ({"init": "best"}, "distill.init must be one of"),
         ({"hidden": -1.0}, "distill.hidden must be >= 0"),
         ({"temperature": 0.0}, "distill.temperature must be > 0"),

@@ -146,6 +146,9 @@ def test_losses_do_not_depend_on_the_mesh(config, single_device_losses, sizes):
     assert len(moments) == 2
     assert all(moment.sharding == embedding.sharding for moment in moments)
 
-    # No device ever holds an activation of the whole batch: [8, 32, ...] or, folded, [256, ...].
-    whole_batch = [line for line in program.splitlines() if re.search(r"f32\[(8,32|256),", line)]
-    assert whole_batch == []
+    # No device ever holds more of the activations of the whole batch, [8, 32, ...] or, folded,
+    # [256, ...], than an eighth: some features of all tokens, from which those of a parameter's
+    # part get their gradient.
+    shapes = re.findall(r"f32\[((?:8,32|256),[\d,]*)\]", program)
+    eighth = 8 * 32 * config.model.features // 8
+    assert [x for x in shapes if math.prod(map(int, x.split(","))) > eighth] == []

@@ -5,7 +5,7 @@ from swr_jax.benchmark.suites.section import Section
 
 SECTIONS = {
     "models": Section(
-        run=lambda sizes, _: updates.run(sizes),
+        run=updates.run,
         full=updates.FULL,
         tiny=updates.TINY,
         references=updates.REFERENCES,
@@ -14,7 +14,7 @@ SECTIONS = {
         targets=lambda record, _: updates.targets(record["measurements"]),
     ),
     "loop": Section(
-        run=lambda sizes, _: trainer.run(sizes),
+        run=trainer.run,
         full=trainer.FULL,
         tiny=trainer.TINY,
         references=(),
