@@ -10,6 +10,10 @@ LENGTHS = (8192, 32_768, 4096, 16_384)
 LONGEST = 524_288
 # Tokens of an update for each device, as many as the memory of its kind has room for.
 TOKENS = {"v5e": 8192, "v5p": 32_768, "tpu7x": 32_768, "h100": 16_384}
+# Devices that share one copy of the parameters and their optimizer's state: as few as have room for
+# them, since parts of fewer than 128 columns are no longer whole tiles of a TPU's memory.
+SHARING = {"swax_7b": 32}
+OTHERS_SHARING = 16
 SLICES = ("v5e:16x16", "v5p:4x4x4", "tpu7x:4x4x4", "v5p:8x8x16")
 GROWING = ("v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x16")
 NODES = ("h100:1x8x1",)
@@ -36,7 +40,8 @@ class Case:
         sequence = max(1, self.length // TOKENS[chip])
         return {
             "model.vocab_size": VOCABULARY,
-            "mesh.fsdp": -1,
+            "mesh.data": -1,
+            "mesh.fsdp": min(SHARING.get(self.config, OTHERS_SHARING), chips // sequence),
             "mesh.sequence": sequence,
             "data.sequence_length": self.length,
             "data.batch_size": chips * TOKENS[chip] // self.length,

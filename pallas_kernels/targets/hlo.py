@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.<>-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.<>-]+) = (?P<rest>.*)$")
@@ -13,6 +14,7 @@ _CALLED = re.compile(
     r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.<>-]+)"
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _ARRAY = re.compile(r"(?P<dtype>pred|[a-z]+\d+\w*)\[(?P<shape>[\d,]*)\]")
 
@@ -44,7 +46,9 @@ class Collective:
 
     name: str
     kind: str
-    bytes: int  # of all arrays that it returns; where it only begins, of the largest
+    # Of all arrays that it returns; where it only begins, of the largest; of a reduce-scatter, of
+    # those that it is given.
+    bytes: int
     calls: int
 
 
@@ -110,8 +114,15 @@ def parse(text: str, platform: str) -> Program:
     kernels: list[KernelCall] = []
     others: Counter[str] = Counter()
     collectives: list[Collective] = []
+    fused: dict[str, Collective] = {}
     for computation, runs in times.items():
         for instruction in computations[computation]:
+            if instruction.opcode == "fusion":
+                for channel, found in _fused_collectives(computations, instruction, runs):
+                    # One that runs beside others' arithmetic begins, goes on and ends in a fusion
+                    # each.
+                    before = fused.get(channel)
+                    fused[channel] = found if before is None else max(before, found, key=_calls)
             estimate = _ESTIMATE.search(instruction.text)
             if estimate:
                 estimates += 1
@@ -123,11 +134,8 @@ def parse(text: str, platform: str) -> Program:
             if instruction.opcode == "custom-call" and target and target[1] in KERNELS[platform]:
                 kernels.append(_kernel_call(instruction, runs))
             elif kind in _COLLECTIVES:
-                begins = instruction.opcode.endswith("-start")
-                size = max if begins else sum
-                collectives.append(
-                    Collective(instruction.name, kind, size(_sizes(instruction.type)), runs)
-                )
+                size = _collective_bytes(computations[computation], instruction, kind)
+                collectives.append(Collective(instruction.name, kind, size, runs))
             elif (
                 kind not in _FREE
                 and not instruction.opcode.endswith("-done")
@@ -138,10 +146,41 @@ def parse(text: str, platform: str) -> Program:
         cycles=cycles if estimates or platform == "tpu" else None,
         kernels=tuple(kernels),
         others=dict(others),
-        collectives=tuple(collectives),
+        collectives=(*collectives, *fused.values()),
         unknown_loops=tuple(unknown),
         unestimated=unestimated,
     )
+
+
+def _fused_collectives(
+    computations: dict[str, list[_Instruction]], fusion: _Instruction, runs: int
+) -> Iterator[tuple[str, Collective]]:
+    """Collectives inside a fusion, each with what tells it from all others of the program."""
+    for name in _CALLED.findall(fusion.text):
+        for instruction in computations.get(name, ()):
+            if instruction.opcode == "fusion":
+                yield from _fused_collectives(computations, instruction, runs)
+            kind = instruction.opcode.removesuffix("-start")
+            if kind not in _COLLECTIVES:
+                continue
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"  # as the TPU's compiler writes it
+            size = _collective_bytes(computations[name], instruction, kind)
+            channel = _CHANNEL.search(instruction.text)
+            key = channel[1] if channel else instruction.name
+            yield key, Collective(instruction.name, kind, size, runs)
+
+
+def _collective_bytes(computation: list[_Instruction], instruction: _Instruction, kind: str) -> int:
+    if kind == "reduce-scatter":
+        given = set(_operands(instruction))
+        return sum(_largest(other.type) for other in computation if other.name in given)
+    begins = instruction.opcode.endswith("-start")
+    return (max if begins else sum)(_sizes(instruction.type))
+
+
+def _calls(collective: Collective) -> int:
+    return collective.calls
 
 
 def _kernel_call(instruction: _Instruction, runs: int) -> KernelCall:

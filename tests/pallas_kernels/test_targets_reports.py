@@ -174,6 +174,47 @@ def test_a_collective_of_several_arrays_moves_them_all():
     assert found == hlo.Collective("sums", "all-reduce", bytes=48, calls=1)
 
 
+BESIDE = """HloModule beside
+
+%begin (a: bf16[1,8]) -> bf16[4,8] {
+  %a = bf16[1,8]{1,0} parameter(0)
+  %whole.1 = bf16[4,8]{1,0} all-gather(%a), channel_id=7, dimensions={0}
+  ROOT %begun = bf16[4,8]{1,0} custom-call(%whole.1), custom_call_target="AsyncStart"
+}
+
+%end (b: bf16[1,8]) -> bf16[4,8] {
+  %b = bf16[1,8]{1,0} parameter(0)
+  %whole.2 = bf16[4,8]{1,0} all-gather(%b), channel_id=7, dimensions={0}
+  ROOT %ended = bf16[4,8]{1,0} custom-call(%whole.2), custom_call_target="AsyncDone"
+}
+
+%all-reduce-scatter.3 (c: f32[64]) -> f32[16] {
+  %c = f32[64]{0} parameter(0)
+  %sum = f32[64]{0} all-reduce(%c), channel_id=9, to_apply=%add
+  ROOT %part = f32[16]{0} dynamic-slice(%sum)
+}
+
+ENTRY %main (x: bf16[1,8], y: f32[64]) -> f32[16] {
+  %x = bf16[1,8]{1,0} parameter(0)
+  %y = f32[64]{0} parameter(1)
+  %first = bf16[4,8]{1,0} fusion(%x), kind=kCustom, calls=%begin
+  %second = bf16[4,8]{1,0} fusion(%x), kind=kCustom, calls=%end
+  %third = f32[16]{0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.3
+  ROOT %fourth = f32[4]{0} reduce-scatter(%third), channel_id=11, to_apply=%add
+}
+"""
+
+
+def test_a_collective_in_fusions_counts_once():
+    """One that runs beside arithmetic is in several; a sum of which a part is kept is in one."""
+    found = {c.name: c for c in hlo.parse(BESIDE, "tpu").collectives}
+    assert found == {
+        "fourth": hlo.Collective("fourth", "reduce-scatter", bytes=64, calls=1),
+        "whole.1": hlo.Collective("whole.1", "all-gather", bytes=64, calls=1),
+        "sum": hlo.Collective("sum", "reduce-scatter", bytes=256, calls=1),
+    }
+
+
 # Reports and budgets
 
 
