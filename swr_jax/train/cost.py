@@ -110,9 +110,15 @@ def _kernel(equation: core.JaxprEqn, calls: int, before: list[Kernel]) -> Kernel
     if name.startswith("splash_mha_fwd"):
         return Kernel(name, calls, _attention_flops(equation), moved)
     if name.startswith("splash_mha_dkv"):  # Five products, of the blocks that the forward has two.
-        forward = [kernel for kernel in before if kernel.name.startswith("splash_mha_fwd")]
-        if forward:
-            return Kernel(name, calls, 2.5 * forward[-1].flops, moved)
+        # The last layer's comes first, and so on back.
+        waiting: list[Kernel] = []
+        for kernel in before:
+            if kernel.name.startswith("splash_mha_fwd"):
+                waiting.append(kernel)
+            elif kernel.name.startswith("splash_mha_dkv"):
+                waiting.pop()
+        if waiting:
+            return Kernel(name, calls, 2.5 * waiting[-1].flops, moved)
     raise ValueError(
         f"the Pallas kernel {name!r} has no pl.CostEstimate: give it one, or no plan can count it"
     )

@@ -89,6 +89,20 @@ def test_attention_kernels_count_the_blocks_that_they_visit(monkeypatch, window,
     assert both.flops == pytest.approx(3.5 * one, rel=1e-3)  # and the normalizer's gradient
 
 
+def test_each_attention_layers_gradient_counts_its_own_blocks(monkeypatch):
+    q = jax.ShapeDtypeStruct((3, 512, 2, 128), jnp.bfloat16)
+
+    def layers(q):
+        for window in (128, None, 128):
+            q = attention_splash.attend(q, q, q, window, None, None)
+        return q
+
+    monkeypatch.setattr(attention_splash, "_LARGEST_TILE", 128)
+    found = cost(lambda q: jax.vjp(layers, q)[1](q), q).kernels
+    blocks = [kernel.flops / (3 * 2 * 4 * 128**3) for kernel in found]
+    assert blocks == [8, 10, 8, 20, 25, 20]
+
+
 @pytest.mark.parametrize(("pattern", "more"), [(("phalanx",), 1.0), (("mlstm",), 1.06)])
 def test_a_models_products_are_what_the_trainer_says(pattern, more):
     """But for what an mLSTM in chunks, of tokens with tokens, adds to reading and writing."""
