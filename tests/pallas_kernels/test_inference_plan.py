@@ -1,5 +1,7 @@
 """Steps of generation planned for chips that are not here, by their compilers."""
 
+import dataclasses
+
 import pytest
 
 from pallas_kernels.targets import CHIPS
@@ -74,10 +76,13 @@ def test_prefill_has_kernels_for_mlstm_too():
 
 def test_decoding_moves_a_long_cache_once():
     """It is read, and the new token is written into it: no copy of it in between."""
-    sizes = {"streams": 4, "mode": "decode", "context": 65_536}
-    found = make_inference_plan(config(("attention",), data=4), "v5e:2x2", **sizes)
-    assert found["temporary"] < 0.25 * found["held"]["states"]
-    assert found["seconds"] < 3 * found["floor_seconds"]
+    wide = config(("attention",), data=1)
+    wide = dataclasses.replace(
+        wide, model=dataclasses.replace(wide.model, features=2048, num_heads=16, depth=2)
+    )
+    found = make_inference_plan(wide, "v5e:1x1", mode="decode", streams=8, context=8192)
+    assert found["temporary"] < 0.01 * found["held"]["states"]
+    assert found["seconds"] < 5 * found["floor_seconds"]
 
 
 @pytest.mark.parametrize("pattern", [("swa", "mlstm"), ("swa", "gated_delta"), ("phalanx",)])
