@@ -36,19 +36,25 @@ COMMON = {
     "model.features": 64,
     "model.window": 32,
     "data.sequence_length": 128,
-    "data.batch_size": 4,
-    "eval_batches": 64,
     "sample_tokens": 0,
 }
-PHALANX = {"model.pattern": ("phalanx", "attention"), "optimizer.learning_rate": 1e-2}
+# Rows of an update, and as many batches as make the same rows that are scored.
+TEACHER_ROWS = {"data.batch_size": 4, "eval_batches": 64}
+STUDENT_ROWS = {"data.batch_size": 16, "eval_batches": 16}
+SWAPPED = STUDENT_ROWS | {
+    "model.pattern": ("phalanx", "attention"),
+    "optimizer.learning_rate": 1e-2,
+    "distill.train": "all",
+    "distill.hidden": 40.0,
+}
 # What each student changes; all but the last get their teacher's folder.
 STUDENTS = {
-    "distilled": PHALANX,
-    "distilled, fresh Phalanx": PHALANX | {"distill.init": "fresh"},
-    "distilled by predictions": PHALANX | {"distill.hidden": 0.0},
-    "no distillation": PHALANX | {"distill.hidden": 0.0, "distill.logits": 0.0},
-    "distilled, all parameters": PHALANX | {"distill.train": "all"},
-    "from scratch": PHALANX,
+    "distilled": SWAPPED,
+    "distilled, as few rows as the teacher": SWAPPED | TEACHER_ROWS,
+    "distilled, fresh Phalanx": SWAPPED | {"distill.init": "fresh"},
+    "distilled, new mixers alone": SWAPPED | {"distill.train": "new"},
+    "no distillation": SWAPPED | {"distill.hidden": 0.0, "distill.logits": 0.0},
+    "from scratch": SWAPPED,
 }
 
 
@@ -56,7 +62,8 @@ def teacher_overrides(seed: int) -> dict:
     """Return what a teacher's run changes in the configuration `swa_hybrid_tiny`."""
     steps = _TEACHER_STEPS.value
     run = {"seed": seed, "data.seed": seed, "steps": steps}
-    return COMMON | run | {"eval_every": steps, "checkpoint_every": steps, "log_every": 200}
+    run |= {"eval_every": steps, "checkpoint_every": steps, "log_every": 200}
+    return COMMON | TEACHER_ROWS | run
 
 
 def student_overrides(name: str, seed: int) -> dict:
