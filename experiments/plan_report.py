@@ -103,30 +103,6 @@ def ranking(plans: Sequence[Mapping]) -> str:
     return "\n".join([*lines, f"{lost} that do not fit"] if lost else lines)
 
 
-def table(plans: Sequence[Mapping]) -> str:
-    """Markdown: a line for each plan, with its time over that of the first on its topology."""
-    lines = [
-        "| model | slice and mesh | tokens a row | memory of a chip, GiB | step, ms "
-        "| model FLOPs used | tokens/s | speed over the first |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    first: dict[tuple, float] = {}
-    for plan in plans:
-        speed = first.setdefault((plan["topology"], plan["length"]), plan["tokens_per_second"])
-        cells = (
-            f"`{plan['config']}`, {plan['parameters'] / 1e9:.2f}e9",
-            f"{plan['topology']}, {_mesh(plan)}",
-            f"{plan['length']:,}",
-            f"{plan['memory'] / GIB:.1f} of {plan['memory_limit'] / GIB:.0f}",
-            f"{plan['seconds'] * 1e3:,.0f}",
-            f"{plan['mfu']:.0%}",
-            f"{plan['tokens_per_second']:,.0f}",
-            f"{plan['tokens_per_second'] / speed:.2f}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def draw(record: Mapping, path: Path) -> None:
     """Bars of the step's parts, per token, for every plan that fits."""
     import matplotlib.pyplot as plt

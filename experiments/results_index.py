@@ -17,7 +17,7 @@ from pathlib import Path
 
 import comparison
 import comparison_windows
-import plan_report
+import plan_study_report
 import recall_report
 import swap_report
 import training_report
@@ -165,12 +165,6 @@ def decoding() -> str:
     return "\n".join(lines)
 
 
-def plans() -> str:
-    """What models of one size would take on one slice."""
-    names = ("plan_transformer_1b", "plan_phalanx_1b")
-    return plan_report.table([plan for name in names for plan in read(name)["plans"]])
-
-
 def h100() -> dict:
     """What is predicted of an H100 and what is asked of it, beside what one has measured."""
     source = read("kernels_gpu")
@@ -233,7 +227,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "swax_recall": lambda: recall_report.table(read("swax_recall_2000")),
     "compare_windows": lambda: comparison_windows.table(read("compare_windows")),
     "decode": decoding,
-    "plans": plans,
+    "plan_study": lambda: plan_study_report.tables(read("plan_study")),
     "cpu_recurrence": cpu_recurrence,
     "cpu_copy": cpu_copy,
     "cpu_layers": cpu_layers,
