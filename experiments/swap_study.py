@@ -45,7 +45,6 @@ SWAPPED = STUDENT_ROWS | {
     "model.pattern": ("phalanx", "attention"),
     "optimizer.learning_rate": 1e-2,
     "distill.train": "all",
-    "distill.hidden": 40.0,
 }
 # What each student changes; all but the last get their teacher's folder.
 STUDENTS = {
