@@ -14,6 +14,11 @@ GIB = 2**30
 PUBLISHED = (1.1, 1.4)
 
 
+def is_timed(plan: Mapping) -> bool:
+    """Whether the compiler has estimated all of it: no loop of a length that it does not know."""
+    return "seconds" in plan and not plan["unknown_loops"]
+
+
 def speed(plan: Mapping) -> float:
     """Tokens a second of one device."""
     return plan["tokens_per_second"] / plan["devices"]
@@ -23,7 +28,7 @@ def over_first(plans: Sequence[Mapping], plan: Mapping) -> float | None:
     """A plan's speed over that of Transformer++ on the same slice with rows of the same length."""
     for other in plans:
         alike = all(other[key] == plan[key] for key in ("topology", "length"))
-        if alike and other["config"] == FIRST and "seconds" in other:
+        if alike and other["config"] == FIRST and is_timed(other):
             return speed(plan) / speed(other)
     return None
 
@@ -57,7 +62,7 @@ def _cell(plans: Sequence[Mapping], plan: Mapping | None) -> str:
         return ""
     if not plan["fits"]:
         return "does not fit"
-    if "seconds" not in plan:
+    if not is_timed(plan):
         return "fits"
     ratio = over_first(plans, plan)
     ratio = "" if ratio is None or plan["config"] == FIRST else f" ({ratio:.2f}x)"
@@ -70,7 +75,7 @@ def growing(plans: Sequence[Mapping]) -> Iterator[tuple[str, str, int, list[Mapp
     """Each chip, model and length that was planned on slices of several sizes, smallest first."""
     found: dict[tuple[str, str, int], list[Mapping]] = {}
     for plan in plans:
-        if "seconds" in plan:
+        if is_timed(plan):
             key = (plan["topology"].partition(":")[0], plan["config"], plan["length"])
             found.setdefault(key, []).append(plan)
     for key, group in sorted(found.items()):
@@ -97,7 +102,7 @@ def _growth(plans: Sequence[Mapping]) -> str:
 
 def draw(record: Mapping, path: Path) -> None:
     """Plot speeds over Transformer++'s against row length, one panel for each kind of chip."""
-    plans = [plan for plan in record["plans"] if "seconds" in plan]
+    plans = [plan for plan in record["plans"] if is_timed(plan)]
     slices = sorted({plan["topology"] for plan in plans if over_first(plans, plan)})
     if not slices:
         return

@@ -56,6 +56,7 @@ def plan(case, seconds: float, **changed) -> dict:
         "memory": 2**33,
         "memory_limit": 2**34,
         "fits": True,
+        "unknown_loops": 0,
         "seconds": seconds,
         "seconds_if_overlapped": seconds,
         "tokens_per_second": tokens / seconds,
@@ -103,6 +104,8 @@ def test_what_does_not_fit_or_has_no_time_is_said(study, report):
     node = plan(study.Case("phalanx_1b", "h100:1x8x1", 8192), 1.0)
     for single in (tight, node):
         del single["seconds"]
-    text = report.tables({"plans": [tight, node]})
+    endless = plan(study.Case("swax_1b", "v5e:16x16", 8192), 1.0, unknown_loops=1)
+    text = report.tables({"plans": [tight, node, endless]})
+    assert text.count("| fits |") == 2
     assert "does not fit" in text
     assert "| fits |" in text
