@@ -242,7 +242,9 @@ def _recurrence(
     split_heads = v.shape[2] if gates is None else gates[0].shape[2]
     split = split_of(*v.shape[:2], split_heads, reach=reach_of(**window))
     if initial_state is not None or return_state:
-        if split is not None and split.sequence == 1:
+        # XLA splits its own form without help, and for CPUs jaxlib 0.11 crashes while it compiles
+        # some of this under `shard_map`; a kernel must be told.
+        if split is not None and split.sequence == 1 and names[0] != "xla":
             evaluated = with_state_over_mesh(evaluated, split, return_state, **window)
         out, state = evaluated(a, v, gates, initial_state)
         return (out, state) if return_state else out

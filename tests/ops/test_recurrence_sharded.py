@@ -10,6 +10,8 @@ from recurrence_cases import assert_close, draw
 
 from swr_jax import gated_sliding_window_recurrence, nn, sliding_window_recurrence
 from swr_jax.ops import reference as ref
+from swr_jax.ops.evaluation import evaluate
+from swr_jax.ops.sharded import split_of, with_state_over_mesh
 
 FLOAT32 = 1e-6
 
@@ -76,26 +78,42 @@ def test_batch_and_heads_are_computed_apart(sizes):
         assert_close(x, np.asarray(one_device, np.float64), FLOAT32)
 
 
-@pytest.mark.parametrize("lookback", [0, 1, 2, None])
+# The compiler of jaxlib 0.11 for CPUs crashes on some of these.
+IS_NEW = jax.__version_info__ >= (0, 12)
+WITH_GRADIENTS = (0, 1, 2, None) if IS_NEW else (2, None)
+
+
+@pytest.mark.parametrize(
+    "lookback",
+    [
+        pytest.param(0, marks=pytest.mark.skipif(not IS_NEW, reason="crashes jaxlib 0.11")),
+        1,
+        2,
+        None,
+    ],
+)
 def test_streams_with_a_state_are_computed_apart(lookback):
     """Two calls, the second from where the first one stopped in the midst of a block."""
     window = {"block_size": 8, "lookback": lookback}
     a, b, c, v, y_bar = draw_arguments(20, batch=8)
-    parts = (slice(None, 11), slice(11, None))
+    options = window | {"return_state": True, "dtype": jnp.dtype("float32")}
 
     def stream(y_bar, *inputs):
-        def run(*inputs):
+        def call(a, v, gates, state):
+            return evaluate("xla", a, v, gates, initial_state=state, **options)
+
+        if split := split_of(*v.shape[:3]):  # as the operator does for a kernel
+            call = with_state_over_mesh(call, split, True, **window)
+
+        def run(a, b, c, v):
             state, out = None, []
-            for part in parts:
-                y, state = gated_sliding_window_recurrence(
-                    *(x[:, part] for x in inputs),
-                    initial_state=state,
-                    return_state=True,
-                    **window,
-                )
+            for part in (slice(None, 11), slice(11, None)):
+                y, state = call(a[:, part], v[:, part], (b[:, part], c[:, part]), state)
                 out.append(y)
             return jnp.concatenate(out, axis=1), state.local
 
+        if lookback not in WITH_GRADIENTS:
+            return run(*inputs)
         (y, local), pull = jax.vjp(run, *inputs)
         return y, local, *pull((y_bar, jnp.sin(local)))
 
