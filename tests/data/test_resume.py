@@ -112,7 +112,10 @@ def test_a_failure_leaves_the_state_of_the_last_batch(tmp_path):
     assert len(states) > 5
     assert iterator.get_state() == states[-1]
     # Once the line is mended, the run goes on as if nothing had been wrong.
-    path.write_text("".join([*good, json.dumps({"text": "good"}) + "\n"]))
+    # In another file of that name: the threads of the first iterator may still be reading theirs.
+    another = tmp_path / "another"
+    another.write_text("".join([*good, json.dumps({"text": "good"}) + "\n"]))
+    another.replace(path)
     mended = iter(make_dataset(config))
     mended.set_state(states[-1])
     expected = take(iter(make_dataset(config)), len(states) + 9)
