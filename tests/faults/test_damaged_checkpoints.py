@@ -60,9 +60,10 @@ def two_checkpoints(config, states, tmp_path_factory) -> Path:
 
 
 def files_of(checkpoint: Path) -> list[Path]:
-    """Files relative to `checkpoint`, the largest first."""
+    """Files relative to `checkpoint`, those that hold arrays first, and of these the largest."""
     found = [path for path in checkpoint.rglob("*") if path.is_file()]
-    return [p.relative_to(checkpoint) for p in sorted(found, key=lambda p: -p.stat().st_size)]
+    found.sort(key=lambda path: (path.parent.name != "d", -path.stat().st_size))
+    return [path.relative_to(checkpoint) for path in found]
 
 
 def flip_a_bit(path: Path, rng) -> None:
