@@ -94,9 +94,9 @@ def ranking(plans: Sequence[Mapping]) -> str:
     """A line for each plan that has a time, the fastest first."""
     timed = [plan for plan in plans if plan["fits"] and "seconds" in plan]
     lines = ["tokens/s per device   MFU   memory GiB   rows   topology and mesh"]
-    for plan in sorted(timed, key=_speed, reverse=True):
+    for plan in sorted(timed, key=speed, reverse=True):
         lines.append(
-            f"{_speed(plan):19,.0f} {plan['mfu']:5.1%} {plan['memory'] / GIB:12.1f} "
+            f"{speed(plan):19,.0f} {plan['mfu']:5.1%} {plan['memory'] / GIB:12.1f} "
             f"{plan['rows']:6}   {plan['topology']}: {_mesh(plan)}"
         )
     lost = len(plans) - len(timed)
@@ -132,7 +132,8 @@ def draw(record: Mapping, path: Path) -> None:
     plt.close(figure)
 
 
-def _speed(plan: Mapping) -> float:
+def speed(plan: Mapping) -> float:
+    """Tokens a second of one device."""
     return plan["tokens_per_second"] / plan["devices"]
 
 

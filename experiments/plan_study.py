@@ -41,13 +41,12 @@ def plan(case: Case, path: Path) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_suffix(".part.json")
-    options = case.options
     command = [
         sys.executable,
         str(FOLDER / "plan.py"),
         f"--config={FOLDER / 'configs' / case.config}.py",
         f"--topology={case.topology}",
-        *(f"--config.{name}={value}" for name, value in options.items()),
+        *(f"--config.{name}={value}" for name, value in case.options.items()),
         f"--out={whole}",
     ]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -71,12 +70,12 @@ def main(argv: list[str]) -> None:
             bar.set_description(case.name)
             if bar.format_dict["elapsed"] < 60 * _MINUTES.value:
                 plan(case, paths[case])
-    done = [(case, json.loads(paths[case].read_text())) for case in every if paths[case].exists()]
+    done = [json.loads(path.read_text()) for path in paths.values() if path.exists()]
     record = {
         "environment": here,
         "plans": [
             single | {"commit": found["environment"]["commit"]}
-            for _, found in done
+            for found in done
             for single in found["plans"]
         ],
         "missing": [case.name for case in every if not paths[case].exists()],

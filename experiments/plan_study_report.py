@@ -7,9 +7,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plan_report import GIB, speed
 
 FIRST = "transformer_1b"  # what the others are compared with
-GIB = 2**30
 # By how much a Phalanx hybrid trains faster than Transformer++, from 4k to 32k tokens.
 PUBLISHED = (1.1, 1.4)
 
@@ -17,11 +17,6 @@ PUBLISHED = (1.1, 1.4)
 def is_timed(plan: Mapping) -> bool:
     """Whether the compiler has estimated all of it: no loop of a length that it does not know."""
     return "seconds" in plan and not plan["unknown_loops"]
-
-
-def speed(plan: Mapping) -> float:
-    """Tokens a second of one device."""
-    return plan["tokens_per_second"] / plan["devices"]
 
 
 def over_first(plans: Sequence[Mapping], plan: Mapping) -> float | None:

@@ -5,6 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from operator import attrgetter
 
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.<>-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.<>-]+) = (?P<rest>.*)$")
@@ -122,7 +123,9 @@ def parse(text: str, platform: str) -> Program:
                     # One that runs beside others' arithmetic begins, goes on and ends in a fusion
                     # each.
                     before = fused.get(channel)
-                    fused[channel] = found if before is None else max(before, found, key=_calls)
+                    fused[channel] = (
+                        found if before is None else max(before, found, key=attrgetter("calls"))
+                    )
             estimate = _ESTIMATE.search(instruction.text)
             if estimate:
                 estimates += 1
@@ -177,10 +180,6 @@ def _collective_bytes(computation: list[_Instruction], instruction: _Instruction
         return sum(_largest(other.type) for other in computation if other.name in given)
     begins = instruction.opcode.endswith("-start")
     return (max if begins else sum)(_sizes(instruction.type))
-
-
-def _calls(collective: Collective) -> int:
-    return collective.calls
 
 
 def _kernel_call(instruction: _Instruction, runs: int) -> KernelCall:

@@ -132,7 +132,7 @@ def attend_parts(
     keys: Sequence[jax.Array],
     values: Sequence[jax.Array],
     mask,
-    options: LogitOptions = LogitOptions(),  # noqa: B008 - a tuple
+    options: LogitOptions,
 ) -> jax.Array:
     """Attend keys [B, S', Nkv, Dh] in parts, under a mask [B, 1, T, S] over all; float32 inside."""
     batch, queries, heads, features = q.shape

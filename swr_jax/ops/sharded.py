@@ -128,7 +128,7 @@ def over_mesh(
                 state = _before_window(a[:, last], factors, time, split.sequence, *window, dtype)
         return recurrence(a, v, gates, state)
 
-    specs = (split.spec, split.spec, None if gates is None else (split.spec, split.spec))
+    specs = _specs(split, gates)
     return jax.shard_map(part, mesh=split.mesh, in_specs=specs, out_specs=split.spec)(a, v, gates)
 
 
@@ -163,16 +163,16 @@ def with_state_over_mesh(
         return jax.shard_map(
             recurrence,
             mesh=split.mesh,
-            in_specs=(
-                split.spec,
-                split.spec,
-                None if gates is None else (split.spec, split.spec),
-                None if initial_state is None else before,
-            ),
+            in_specs=(*_specs(split, gates), None if initial_state is None else before),
             out_specs=(split.spec, of_state if return_state else None),
         )(a, v, gates, initial_state)
 
     return call
+
+
+def _specs(split: Split, gates: Gates) -> tuple:
+    """Of decays, inputs and gates."""
+    return split.spec, split.spec, None if gates is None else (split.spec, split.spec)
 
 
 def _before_window(a, factors, time, parts, block_size, lookback, dtype):
