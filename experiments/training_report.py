@@ -2,12 +2,7 @@
 
 from collections.abc import Mapping
 
-LABELS = {
-    "transformer++": "Transformer++",
-    "swa_hybrid": "SWA hybrid 1:1",
-    "phalanx_hybrid": "Phalanx hybrid 1:1",
-    "swax": "SWAX",
-}
+from swr_jax.benchmark.plots.train import LINES
 
 
 def models(record: Mapping) -> str:
@@ -16,7 +11,7 @@ def models(record: Mapping) -> str:
     heads = ["model", "parameters", *(f"{m['tokens']:,} tokens a row" for m in measured)]
     heads.append("temporary memory, GiB")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, label in LABELS.items():
+    for name, (label, *_) in LINES.items():
         found = [m["contestants"][name] for m in measured]
         memory = [contestant["temporary_bytes"] / 2**30 for contestant in found]
         cells = [label, f"{measured[0]['parameters'][name]:,}", *map(_cell, found)]

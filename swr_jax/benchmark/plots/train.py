@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 from swr_jax.benchmark.plots.common import band, legend, log_axes, measured_on, save
 from swr_jax.benchmark.updates import PATTERNS
 
-_LINES = {
+LINES = {
     "phalanx_hybrid": ("Phalanx hybrid 1:1", "tab:blue", "o"),
     "transformer++": ("Transformer++", "tab:red", "D"),
     "swa_hybrid": ("SWA hybrid 1:1", "tab:orange", "v"),
@@ -21,7 +21,7 @@ def models(record: dict, path: Path) -> None:
     tokens = [m["tokens"] for m in rows]
     figure, (speed, ratio, memory) = plt.subplots(1, 3, figsize=(15, 5))
     for name in PATTERNS:
-        label, color, marker = _LINES[name]
+        label, color, marker = LINES[name]
         line = {"label": label, "color": color, "marker": marker}
         found = [m["contestants"][name] for m in rows]
         band(speed, tokens, [c["tokens_per_second"] for c in found], **line)
