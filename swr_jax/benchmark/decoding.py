@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from swr_jax.benchmark import timing
+from swr_jax.benchmark.models import PATTERNS as TRAINED
 from swr_jax.benchmark.oracle import OracleError
 from swr_jax.generate import GREEDY, generate_batch
 from swr_jax.generate.sampling import SamplingArrays
@@ -30,12 +31,8 @@ from swr_jax.generate.streams import Streams, decode, new_streams, read_prompts
 from swr_jax.nn.attention import AttentionState
 from swr_jax.nn.language_model import LanguageModel, LanguageModelConfig, num_parameters
 
-PATTERNS = {
-    "transformer++": ("attention",),
-    "swa_hybrid": ("swa", "attention"),
-    "swax": ("swa", "mlstm"),
-    "phalanx": ("phalanx",),
-}
+PATTERNS = {name: TRAINED[name] for name in ("transformer++", "swa_hybrid", "swax")}
+PATTERNS["phalanx"] = ("phalanx",)
 REFERENCES = ("transformer++",)
 
 

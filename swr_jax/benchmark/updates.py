@@ -13,27 +13,20 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from flax import nnx
 
 from swr_jax.benchmark import timing
+from swr_jax.benchmark.models import equal_models, parameters
 from swr_jax.benchmark.oracle import OracleError
 from swr_jax.benchmark.records import Session
 from swr_jax.data import DataConfig
 from swr_jax.nn.blocks import MLSTMConfig
-from swr_jax.nn.language_model import LanguageModel, LanguageModelConfig, num_parameters
+from swr_jax.nn.language_model import LanguageModelConfig
 from swr_jax.train.config import MeshConfig, TrainConfig
 from swr_jax.train.sharding import batch_sharding, make_mesh, put_batch
 from swr_jax.train.state import init_state, make_blueprint
 from swr_jax.train.step import make_train_step
 
 REFERENCES = ("transformer++",)
-PATTERNS = {
-    "phalanx_hybrid": ("phalanx", "attention"),
-    "transformer++": ("attention",),
-    "swa_hybrid": ("swa", "attention"),
-    "swax": ("swa", "mlstm"),
-}
-_MLP_STEP = 8  # by which the width of feed-forward networks is changed
 _TOLERANCE = 1e-4  # of loss and gradient norm, relative
 
 
@@ -75,33 +68,16 @@ TINY = Sizes(
 
 def make_configs(sizes: Sizes) -> dict[str, LanguageModelConfig]:
     """The models by name, all with nearly as many parameters as Transformer++."""
-
-    def config(pattern: tuple[str, ...], mlp_features: int | None = None) -> LanguageModelConfig:
-        return LanguageModelConfig(
+    return equal_models(
+        LanguageModelConfig(
             vocab_size=259,
             features=sizes.features,
             depth=sizes.depth,
-            pattern=pattern,
             num_heads=sizes.num_heads,
             window=sizes.window,
             mlstm=MLSTMConfig(num_heads=sizes.num_heads),
-            mlp_features=mlp_features,
         )
-
-    goal = parameters(config(PATTERNS["transformer++"]))
-    found = {}
-    for name, pattern in PATTERNS.items():
-        plain = config(pattern)
-        per_feature = 3 * sizes.features * sizes.depth
-        more = (goal - parameters(plain)) / per_feature
-        wide = plain.hidden_features + _MLP_STEP * round(more / _MLP_STEP)
-        found[name] = config(pattern, wide)
-    return found
-
-
-def parameters(config: LanguageModelConfig) -> int:
-    """Number of parameters of a model."""
-    return num_parameters(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
+    )
 
 
 def run(sizes: Sizes, session: Session) -> Iterator[dict]:

@@ -22,6 +22,7 @@ from swr_jax.train.agreement import check_agreement
 from swr_jax.train.checkpoint import Checkpointer
 from swr_jax.train.config import GuardConfig, TrainConfig
 from swr_jax.train.evaluation import evaluate, unigram_bits_per_byte, validation_batches
+from swr_jax.train.flops import flops_per_token
 from swr_jax.train.guard import with_counts
 from swr_jax.train.metrics import (
     LOG_NAME,
@@ -30,7 +31,6 @@ from swr_jax.train.metrics import (
     Meter,
     Reporter,
     Stopwatch,
-    flops_per_token,
     plot_losses,
     read_metrics,
 )

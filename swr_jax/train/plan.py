@@ -26,7 +26,7 @@ from pallas_kernels import targets
 from pallas_kernels.targets import hlo
 from swr_jax.train.config import TrainConfig
 from swr_jax.train.cost import Cost, traced_cost
-from swr_jax.train.metrics import flops_per_token
+from swr_jax.train.flops import flops_per_token
 from swr_jax.train.sharding import batch_sharding, check_split, make_mesh
 from swr_jax.train.state import Blueprint, make_blueprint
 from swr_jax.train.step import make_train_step

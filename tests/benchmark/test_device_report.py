@@ -110,7 +110,7 @@ def test_layers_and_training_are_judged_where_they_were_measured():
         {
             "model": "1.3B",
             "tokens": tokens,
-            "contestants": {"phalanx hybrid": timed(1, 1, **{"transformer++": 1.2})},
+            "contestants": {"phalanx_hybrid": timed(1, 1, **{"transformer++": 1.2})},
         }
         for tokens in (4096, 8192, 32768)
     ]

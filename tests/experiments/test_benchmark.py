@@ -297,6 +297,26 @@ def test_unknown_section_is_refused():
     assert "--sections=speed: must be of recurrence, layers" in call.stderr
 
 
+def test_models_of_a_billion_parameters_are_left_to_devices(tmp_path):
+    command = ("--suite=train", "--sections=large", f"--out={tmp_path}")
+    call = _benchmark(*command)
+    assert call.returncode == 0, call.stderr
+    assert "large: left out, it needs a GPU or TPU" in call.stdout
+    assert not list(tmp_path.iterdir())
+    small = _benchmark(*command, "--tiny")
+    assert small.returncode == 0, small.stderr
+    measured = json.loads((tmp_path / "train_large.json").read_text())["measurements"]
+    assert [set(m["contestants"]) - {"transformer++"} for m in measured] == [
+        {"phalanx_hybrid"},
+        {"swax"},
+    ]
+    for m in measured:
+        numbers = list(m["parameters"].values())
+        assert max(numbers) < 1.02 * min(numbers)
+        assert min(m["flops"].values()) > 6 * 16 * min(numbers)
+    assert (tmp_path / "train_large.png").stat().st_size > 10_000
+
+
 def test_table_is_aligned():
     contestant = {
         "milliseconds": {"median": 1.0, "lower": 0.5, "upper": 12.25},

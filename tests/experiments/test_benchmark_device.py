@@ -164,7 +164,7 @@ def test_all_sections_from_end_to_end_with_simulated_kernels(tmp_path):
     assert any("lane order" in m["case"] for m in found["check"]["measurements"])
     assert {m["backend"] for m in found["tuning"]["measurements"]} == {"mosaic_gpu", "mosaic_tpu"}
     assert set(found["training"]["measurements"][0]["contestants"]) == {
-        "phalanx hybrid",
+        "phalanx_hybrid",
         "transformer++",
     }
     for name, record in found.items():

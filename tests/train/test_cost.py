@@ -13,7 +13,7 @@ from swr_jax.nn import LanguageModelConfig
 from swr_jax.ops import attention_splash
 from swr_jax.train.config import MeshConfig, OptimizerConfig, TrainConfig
 from swr_jax.train.cost import Kernel, traced_cost
-from swr_jax.train.metrics import flops_per_token
+from swr_jax.train.flops import flops_per_token
 from swr_jax.train.sharding import make_mesh
 from swr_jax.train.state import make_blueprint
 from swr_jax.train.step import gradient_and_sums

@@ -16,11 +16,15 @@ from flax import nnx
 
 from swr_jax.benchmark import timing
 from swr_jax.benchmark.device import platform, training
+from swr_jax.benchmark.models import PATTERNS as TRAINED
 from swr_jax.benchmark.records import Session, first_line
 from swr_jax.nn import LanguageModel, LanguageModelConfig
 
 REFERENCES = ("transformer++",)
-PATTERNS = {**training.PATTERNS, "phalanx and windows": ("phalanx", "swa")}
+PATTERNS = {
+    **{name: TRAINED[name] for name in ("phalanx_hybrid", "transformer++")},
+    "phalanx_and_windows": ("phalanx", "swa"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +134,7 @@ def _choose(logits: jax.Array, state) -> tuple[jax.Array, object]:
 def _time(model: training.Model, batch: int, context: int, sizes: Sizes) -> dict:
     prompt = jax.random.randint(jax.random.key(0), (batch, sizes.prompt), 0, model.vocab_size)
     streams = {
-        name: Stream(model.config(pattern, param_dtype="bfloat16"), prompt, context)
+        name: Stream(model.config(pattern=pattern, param_dtype="bfloat16"), prompt, context)
         for name, pattern in PATTERNS.items()
     }
     compiled = timing.compile_all(

@@ -77,8 +77,8 @@ def training_targets(record: Mapping, _: Any) -> list[dict]:
     judged = []
     for m in record["measurements"]:
         target = TRAINING.get(m["tokens"])
-        if m["model"] == "1.3B" and target and "phalanx hybrid" in m["contestants"]:
-            speedup = m["contestants"]["phalanx hybrid"]["speedup"]
+        if m["model"] == "1.3B" and target and "phalanx_hybrid" in m["contestants"]:
+            speedup = m["contestants"]["phalanx_hybrid"]["speedup"]
             judged.append(_judge(target, speedup.get("transformer++")))
     return [target for target in judged if target]
 

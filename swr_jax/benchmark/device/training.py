@@ -1,19 +1,19 @@
-"""Section `training`: whole updates of the Phalanx hybrid and of Transformer++, side by side.
+"""Sections `training` and `large`: whole updates of a model and of Transformer++, side by side.
 
 An update is the forward and backward pass of a language model, the global gradient norm, clipping
 and AdamW, on one device: bfloat16 activations, float32 parameters and optimizer state, every block
 computed again in the backward pass ("full" rematerialisation), a vocabulary of 32,000, tokens drawn
-at random, no document boundaries. Both models have the same width and depth; in the hybrid every
-other mixer is a Phalanx. Attention is what the project's operator picks on this device, and the
-record says which.
+at random, no document boundaries, windows of 512. Models have the same width and depth, and
+feed-forward networks that make their parameters as many; in hybrids every other mixer is attention.
+Attention is what the project's operator picks on this device, and the record says which.
 
-"flops" counts 6 for each parameter (the embedding is the output's projection too) and 12 features
-for each attention layer and token seen; what is computed again is not counted. "product_fraction"
-is their rate over that of a large product of matrices in bfloat16 on this device.
+"flops" is what `swr_jax.train.flops` counts; what is computed again is not in it.
+"product_fraction" is their rate over that of a large bfloat16 product of matrices on this device.
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 
 import jax
@@ -23,28 +23,29 @@ from flax import nnx
 
 from swr_jax.benchmark import timing
 from swr_jax.benchmark.device import platform, speed
+from swr_jax.benchmark.models import equal_models
 from swr_jax.benchmark.records import Session, first_line
 from swr_jax.nn import LanguageModel, LanguageModelConfig
 from swr_jax.ops.attention import implementation_of
+from swr_jax.train.flops import flops_per_token
 
 REFERENCES = ("transformer++",)
-PATTERNS = {"phalanx hybrid": ("phalanx", "attention"), "transformer++": ("attention",)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The shape of both models."""
+    """The shape of all models."""
 
     features: int
     depth: int
     num_heads: int
     vocab_size: int = 32_000
 
-    def config(self, pattern: tuple[str, ...], **options: object) -> LanguageModelConfig:
+    def config(self, **options: object) -> LanguageModelConfig:
         """Return the configuration of one of them."""
         return LanguageModelConfig(
             **dataclasses.asdict(self),
-            pattern=pattern,
+            window=512,
             rope_base=500_000.0,
             dtype="bfloat16",
             **options,
@@ -60,7 +61,7 @@ TINY_MODELS = {"tiny": Model(16, 2, 2, vocab_size=32)}
 class Sizes:
     """What is timed, in this order."""
 
-    cases: tuple[tuple[str, int], ...]  # model, T
+    cases: tuple[tuple[str, int, str], ...]  # model's size, T, and who meets Transformer++
     tokens: int
     models: dict[str, Model]
     budget: timing.Budget
@@ -68,36 +69,45 @@ class Sizes:
 
 FULL = Sizes(
     cases=(
-        ("1.3B", 4096),
-        ("1.3B", 32768),
-        ("350M", 4096),
-        ("350M", 32768),
-        ("1.3B", 16384),
-        ("1.3B", 8192),
-        ("350M", 16384),
-        ("350M", 8192),
+        ("1.3B", 4096, "phalanx_hybrid"),
+        ("1.3B", 32768, "phalanx_hybrid"),
+        ("350M", 4096, "phalanx_hybrid"),
+        ("350M", 32768, "phalanx_hybrid"),
+        ("1.3B", 16384, "phalanx_hybrid"),
+        ("1.3B", 8192, "phalanx_hybrid"),
+        ("350M", 16384, "phalanx_hybrid"),
+        ("350M", 8192, "phalanx_hybrid"),
     ),
     tokens=32768,
     models=MODELS,
     budget=timing.Budget(seconds=5, min_rounds=4, max_rounds=15),
 )
+EVERY = dataclasses.replace(
+    FULL,
+    cases=tuple(
+        itertools.product(
+            MODELS, (4096, 32768, 8192, 16384), ("phalanx_hybrid", "swax", "swa_hybrid")
+        )
+    ),
+)
 TINY = Sizes(
-    cases=(("tiny", 16),),
+    cases=(("tiny", 16, "phalanx_hybrid"),),
     tokens=32,
     models=TINY_MODELS,
     budget=timing.Budget(seconds=0, min_rounds=2, max_rounds=2),
 )
+EVERY_TINY = dataclasses.replace(TINY, cases=(*TINY.cases, ("tiny", 16, "swax")))
 
 
 def run(sizes: Sizes, session: Session) -> Iterator[dict]:
-    """Time updates of both models, by turns where their states fit into memory together.
+    """Time updates of two models by turns, where their states fit into memory together.
 
     Yields:
         "case", "model", "tokens" (T), "batch", "attention" (its implementation), "parameters" and
         "flops" (of an update) by name, and what `contest.hold` returns.
     """
-    for name, length in sizes.cases:
-        case = f"{name}, T {length}"
+    for name, length, rival in sizes.cases:
+        case = f"{name} {rival}, T {length}"
         if session.is_done(case):
             continue
         if session.is_over():
@@ -106,7 +116,7 @@ def run(sizes: Sizes, session: Session) -> Iterator[dict]:
         shape = (max(1, sizes.tokens // length), length)
         model = sizes.models[name]
         try:
-            found = _time(model, shape, sizes.budget)
+            found = _time(model, shape, rival, sizes.budget)
         except jax.errors.JaxRuntimeError as error:
             yield session.left_out(case, first_line(error))
             continue
@@ -183,18 +193,11 @@ class Update:
         return timing.Rotation(advance, [(tokens,) for tokens in batches])
 
 
-def flops(config: LanguageModelConfig, parameters: int, batch: int, length: int) -> float:
-    """Return the floating-point operations of an update."""
-    attention = config.pattern.count("attention") / len(config.pattern) * config.depth
-    seen = attention * (length + 1) / 2
-    return batch * length * (6.0 * parameters + 12.0 * config.features * seen)
-
-
-def _time(model: Model, shape: tuple[int, int], budget: timing.Budget) -> dict:
+def _time(model: Model, shape: tuple[int, int], rival: str, budget: timing.Budget) -> dict:
     batch, length = shape
-    updates = {
-        name: Update(model.config(pattern, remat="full")) for name, pattern in PATTERNS.items()
-    }
+    every = equal_models(model.config(remat="full"))
+    configs = {name: every[name] for name in (rival, *REFERENCES)}
+    updates = {name: Update(config) for name, config in configs.items()}
     tokens = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
     programs = timing.compile_all(
         {name: functools.partial(update.lower, tokens) for name, update in updates.items()}
@@ -232,7 +235,7 @@ def _time(model: Model, shape: tuple[int, int], budget: timing.Budget) -> dict:
     return {
         "parameters": parameters,
         "flops": {
-            name: flops(model.config(PATTERNS[name]), count, batch, length)
+            name: batch * length * flops_per_token(configs[name], num_params=count, length=length)
             for name, count in parameters.items()
         },
         **timing.summarise(samples, temporaries, {name: name for name in REFERENCES}),

@@ -60,19 +60,22 @@ def layers(record: dict, path: Path) -> None:
 
 
 def training(record: dict, path: Path) -> None:
-    """Draw the speed-up of the hybrid over Transformer++ for both sizes."""
+    """Draw the speed-up over Transformer++ for all sizes and models."""
     figure, axis = plt.subplots(figsize=(7, 4.5))
-    models = list(dict.fromkeys(m["model"] for m in record["measurements"]))
-    for model, (color, style, marker) in zip(models, _STYLES, strict=False):
-        rows = [m for m in _like(record, model=model) if m["contestants"]]
-        if rows:
-            spreads = [m["contestants"]["phalanx hybrid"]["speedup"]["transformer++"] for m in rows]
-            line = {"color": color, "linestyle": style, "marker": marker}
-            band(axis, [m["tokens"] for m in rows], spreads, label=model, **line)
+    found: dict[tuple[str, str], dict[int, dict]] = {}
+    for m in record["measurements"]:
+        for name, contestant in m["contestants"].items():
+            if name != "transformer++":
+                spread = contestant["speedup"]["transformer++"]
+                found.setdefault((m["model"], name), {})[m["tokens"]] = spread
+    for (model, name), (color, style, marker) in zip(sorted(found), _STYLES, strict=False):
+        spreads = dict(sorted(found[model, name].items()))
+        line = {"color": color, "linestyle": style, "marker": marker}
+        band(axis, list(spreads), list(spreads.values()), label=f"{model} {name}", **line)
     log_axes(axis, [m["tokens"] for m in record["measurements"]], "speed-up (times)")
     axis.axhline(1, color="black", linewidth=0.8)
     axis.legend(fontsize=8)
-    _finish(figure, record, "Training of the Phalanx hybrid over Transformer++", path)
+    _finish(figure, record, "Training updates, speed over Transformer++'s", path)
 
 
 def mlstm(record: dict, path: Path) -> None:

@@ -1,16 +1,17 @@
-"""Picture of the suite `train`."""
+"""Pictures of the suite `train`."""
 
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from swr_jax.benchmark.models import PATTERNS
 from swr_jax.benchmark.plots.common import band, legend, log_axes, measured_on, save
-from swr_jax.benchmark.updates import PATTERNS
+from swr_jax.benchmark.plots.device import training
 
 LINES = {
-    "phalanx_hybrid": ("Phalanx hybrid 1:1", "tab:blue", "o"),
     "transformer++": ("Transformer++", "tab:red", "D"),
     "swa_hybrid": ("SWA hybrid 1:1", "tab:orange", "v"),
+    "phalanx_hybrid": ("Phalanx hybrid 1:1", "tab:blue", "o"),
     "swax": ("SWAX", "tab:green", "^"),
 }
 
@@ -36,4 +37,4 @@ def models(record: dict, path: Path) -> None:
     save(figure, f"{title}\n{measured_on(record)}", path)
 
 
-PICTURES = {"models": models}
+PICTURES = {"models": models, "large": training}

@@ -24,6 +24,7 @@ class Section:
         targets: judges measurements, by the record and those of the sections before.
         seconds: how long it may take on a device.
         faults: what is wrong, by the record: nothing is timed while there is something.
+        device_only: whether its full sizes are for GPUs and TPUs alone.
     """
 
     run: Callable[[Any, Session], Iterator[dict]]
@@ -35,6 +36,7 @@ class Section:
     targets: Callable[[Mapping, Any], list[dict]] | None = None
     seconds: float = float("inf")
     faults: Callable[[Mapping], list[str]] | None = None
+    device_only: bool = False
 
     @property
     def protocol(self) -> dict:

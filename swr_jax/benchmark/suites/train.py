@@ -1,6 +1,7 @@
 """The trainer: updates of models of equal size, and what it costs beside them."""
 
 from swr_jax.benchmark import trainer, updates
+from swr_jax.benchmark.device import report, training
 from swr_jax.benchmark.suites.section import Section
 
 SECTIONS = {
@@ -12,6 +13,16 @@ SECTIONS = {
         shapes="width 256, 4 blocks, 16384 tokens an update in rows of T, windows of 512, float32",
         description=updates.__doc__,
         targets=lambda record, _: updates.targets(record["measurements"]),
+    ),
+    "large": Section(
+        run=training.run,
+        full=training.EVERY,
+        tiny=training.EVERY_TINY,
+        references=training.REFERENCES,
+        shapes="32768 tokens an update in rows of T, bfloat16 activations, float32 parameters",
+        description=training.__doc__,
+        targets=report.training_targets,
+        device_only=True,
     ),
     "loop": Section(
         run=trainer.run,

@@ -1,0 +1,3 @@
+from training_fixtures import one_device
+
+__all__ = ["one_device"]
