@@ -9,7 +9,7 @@ VOCABULARY = 50_304  # of all models, so that they have the same embeddings
 LENGTHS = (8192, 32_768, 4096, 16_384)
 LONGEST = 524_288
 # Tokens of an update for each device, as many as the memory of its kind has room for.
-TOKENS = {"v5e": 8192, "v5p": 32_768, "tpu7x": 32_768, "h100": 16_384}
+TOKENS = {"v5e": 32_768, "v5p": 32_768, "tpu7x": 32_768, "h100": 16_384}
 # Devices that share one copy of the parameters and their optimizer's state: as few as have room for
 # them, since parts of fewer than 128 columns are no longer whole tiles of a TPU's memory.
 SHARING = {"swax_7b": 32}

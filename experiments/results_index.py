@@ -232,6 +232,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "cpu_copy": cpu_copy,
     "cpu_layers": cpu_layers,
     "train_models": lambda: training_report.models(read("train_models")),
+    "train_loop": lambda: training_report.loop(read("train_loop")),
     "h100_targets": h100_targets,
 }
 

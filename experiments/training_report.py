@@ -26,3 +26,21 @@ def _cell(contestant: Mapping) -> str:
     if ratio["lower"] == ratio["upper"] == 1:
         return f"{rate:,.0f} tokens/s"
     return f"{ratio['median']:.2f}x ({ratio['lower']:.2f} to {ratio['upper']:.2f})"
+
+
+def loop(record: Mapping) -> str:
+    """What the trainer costs beside its updates, in words."""
+    (found,) = record["measurements"]
+    parts = {
+        name: f"{found[name]['median']:.1%} ({found[name]['lower']:.1%} to "
+        f"{found[name]['upper']:.1%})"
+        for name in ("overhead", "reports", "checkpoints")
+    }
+    (target,) = record["targets"]
+    aim = "as we aimed for" if target["met"] else "more than the 3% that we aimed for"
+    return (
+        f"Input pipeline, metrics every 10 updates and checkpoints every 100 make a run of\n"
+        f"{found['steps']} updates of {found['seconds']['update']['median'] * 1e3:,.0f} ms longer "
+        f"by {parts['overhead']},\n{aim}; {parts['reports']} is spent on reports,\n"
+        f"{parts['checkpoints']} on waiting for checkpoints ({found['rounds']} rounds)."
+    )
