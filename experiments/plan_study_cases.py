@@ -10,10 +10,14 @@ LENGTHS = (8192, 32_768, 4096, 16_384)
 LONGEST = 524_288
 # Tokens of an update for each device, as many as the memory of its kind has room for.
 TOKENS = {"v5e": 32_768, "v5p": 32_768, "tpu7x": 32_768, "h100": 16_384}
+LESS = {("swax_7b", "v5e"): 4}  # by which they are divided
 # Devices that share one copy of the parameters and their optimizer's state: as few as have room for
 # them, since parts of fewer than 128 columns are no longer whole tiles of a TPU's memory.
 SHARING = {"swax_7b": 32}
 OTHERS_SHARING = 16
+# Devices that share the heads of the longest rows, whose keys and values each device sees whole.
+SHARING_HEADS = {"phalanx_1b": 4}
+CORES = {"tpu7x": 2}  # devices of a chip
 SLICES = ("v5e:16x16", "v5p:4x4x4", "tpu7x:4x4x4", "v5p:8x8x16")
 GROWING = ("v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x16")
 NODES = ("h100:1x8x1",)
@@ -36,15 +40,19 @@ class Case:
     def options(self) -> dict[str, int]:
         """What the plan's configuration changes."""
         chip, _, shape = self.topology.partition(":")
-        chips = math.prod(map(int, shape.split("x")))
-        sequence = max(1, self.length // TOKENS[chip])
+        devices = CORES.get(chip, 1) * math.prod(map(int, shape.split("x")))
+        tokens = TOKENS[chip] // LESS.get((self.config, chip), 1)
+        sequence = max(1, self.length // tokens)
+        tensor = SHARING_HEADS.get(self.config, 1) if self.length == LONGEST else 1
+        copies = devices // tensor
         return {
             "model.vocab_size": VOCABULARY,
             "mesh.data": -1,
-            "mesh.fsdp": min(SHARING.get(self.config, OTHERS_SHARING), chips // sequence),
+            "mesh.fsdp": min(SHARING.get(self.config, OTHERS_SHARING), copies // sequence),
+            "mesh.tensor": tensor,
             "mesh.sequence": sequence,
             "data.sequence_length": self.length,
-            "data.batch_size": chips * TOKENS[chip] // self.length,
+            "data.batch_size": copies * tokens // self.length,
         }
 
 

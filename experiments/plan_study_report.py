@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from plan_report import GIB, speed
 
-FIRST = "transformer_1b"  # what the others are compared with
+FIRST = "transformer_1b"  # what those of its size are compared with
 # By how much a Phalanx hybrid trains faster than Transformer++, from 4k to 32k tokens.
 PUBLISHED = (1.1, 1.4)
 
@@ -20,9 +20,10 @@ def is_timed(plan: Mapping) -> bool:
 
 
 def over_first(plans: Sequence[Mapping], plan: Mapping) -> float | None:
-    """A plan's speed over that of Transformer++ on the same slice with rows of the same length."""
+    """A plan's speed over that of Transformer++, of its size, with rows of the same length."""
     for other in plans:
         alike = all(other[key] == plan[key] for key in ("topology", "length"))
+        alike &= 0.8 < other["parameters"] / plan["parameters"] < 1.25
         if alike and other["config"] == FIRST and is_timed(other):
             return speed(plan) / speed(other)
     return None
@@ -118,7 +119,6 @@ def draw(record: Mapping, path: Path) -> None:
                 for plan in plans
                 if (plan["topology"], plan["config"]) == (topology, config)
                 and (ratio := over_first(plans, plan)) is not None
-                and not config.endswith("7b")
             )
             if points:
                 axis.plot(*zip(*points, strict=True), ".-", color=color, label=config)

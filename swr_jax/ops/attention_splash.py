@@ -14,6 +14,10 @@ Array = jax.Array
 # Tokens of a tile; queries and keys come in whole lanes.
 _LARGEST_TILE = 1024
 _LANES = 128
+# The backward pass in one kernel saves two of seven products, and writes a gradient of the queries
+# for every tile of keys, to be added up. For a window nearly all of these are zeros.
+_MOST_TILES_FUSED = 32
+_MOST_TILES_FUSED_IN_WINDOWS = 4
 _NOBODY = jnp.iinfo(jnp.int32).min  # a document without queries
 
 
@@ -55,6 +59,8 @@ def attend(
         mask = splash.LocalMask((queries, keys), window_size=(window - 1, 0), offset=offset)
     longest = _LARGEST_TILE if window is None else max(window, _LANES)
     block_q, block_kv = _tile(queries, longest), _tile(keys, longest)
+    most = _MOST_TILES_FUSED if window is None else _MOST_TILES_FUSED_IN_WINDOWS
+    fused = keys // block_kv <= most
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * q.shape[2]),
         block_sizes=splash.BlockSizes(
@@ -62,7 +68,9 @@ def attend(
             block_kv=block_kv,
             block_q_dkv=block_q,
             block_kv_dkv=block_kv,
-            use_fused_bwd_kernel=True,
+            block_q_dq=None if fused else block_q,
+            block_kv_dq=None if fused else block_kv,
+            use_fused_bwd_kernel=fused,
         ),
         head_shards=1,
         q_seq_shards=1,

@@ -109,19 +109,26 @@ def _kernel(equation: core.JaxprEqn, calls: int, before: list[Kernel]) -> Kernel
     moved = float(sum(x.size * x.dtype.itemsize for x in arrays))
     if name.startswith("splash_mha_fwd"):
         return Kernel(name, calls, _attention_flops(equation), moved)
-    if name.startswith("splash_mha_dkv"):  # Five products, of the blocks that the forward has two.
-        # The last layer's comes first, and so on back.
-        waiting: list[Kernel] = []
-        for kernel in before:
-            if kernel.name.startswith("splash_mha_fwd"):
-                waiting.append(kernel)
-            elif kernel.name.startswith("splash_mha_dkv"):
-                waiting.pop()
-        if waiting:
-            return Kernel(name, calls, 2.5 * waiting[-1].flops, moved)
+    if name.startswith("splash_mha_dkv") and (forward := _last_without_gradient(before)):
+        # Of the blocks of which the forward has two products: five, or without dq four.
+        is_fused = len(equation.outvars) > 2
+        return Kernel(name, calls, (2.5 if is_fused else 2.0) * forward.flops, moved)
+    if name.startswith("splash_mha_dq") and before[-1].name.startswith("splash_mha_dkv"):
+        return Kernel(name, calls, 3 / 4 * before[-1].flops, moved)  # Three, where dkv has four.
     raise ValueError(
         f"the Pallas kernel {name!r} has no pl.CostEstimate: give it one, or no plan can count it"
     )
+
+
+def _last_without_gradient(kernels: list[Kernel]) -> Kernel | None:
+    """The last attention forward whose backward is still to come: the last layer's comes first."""
+    waiting: list[Kernel] = []
+    for kernel in kernels:
+        if kernel.name.startswith("splash_mha_fwd"):
+            waiting.append(kernel)
+        elif kernel.name.startswith("splash_mha_dkv"):
+            waiting.pop()
+    return waiting[-1] if waiting else None
 
 
 def _attention_flops(equation: core.JaxprEqn) -> float:

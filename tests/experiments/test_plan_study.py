@@ -28,7 +28,8 @@ def report(monkeypatch: pytest.MonkeyPatch):
 
 
 def devices_of(topology: str) -> int:
-    return math.prod(map(int, topology.partition(":")[2].split("x")))
+    chip, _, shape = topology.partition(":")
+    return (2 if chip == "tpu7x" else 1) * math.prod(map(int, shape.split("x")))
 
 
 def test_every_device_gets_as_many_tokens(study):
@@ -39,8 +40,9 @@ def test_every_device_gets_as_many_tokens(study):
         assert chip in CHIPS
         options = case.options
         tokens = options["data.batch_size"] * options["data.sequence_length"]
-        assert tokens == devices_of(case.topology) * study.TOKENS[chip], case.name
-        rows_at_once = devices_of(case.topology) // options["mesh.sequence"]
+        copies = devices_of(case.topology) // options["mesh.tensor"]
+        assert tokens in (copies * study.TOKENS[chip], copies * study.TOKENS[chip] // 4), case.name
+        rows_at_once = copies // options["mesh.sequence"]
         assert options["data.batch_size"] % rows_at_once == 0, case.name
 
 
@@ -52,6 +54,7 @@ def plan(case, seconds: float, **changed) -> dict:
         "devices": devices,
         "mesh": {"data": 1, "fsdp": devices, "tensor": 1, "sequence": 1},
         "length": case.length,
+        "parameters": 7e9 if case.config.endswith("7b") else 1.3e9,
         "tokens_per_update": tokens,
         "memory": 2**33,
         "memory_limit": 2**34,

@@ -14,7 +14,7 @@ import pytest
 from mesh_cases import mesh_of
 from simulation import simulated_tpu
 
-from swr_jax.ops import attention
+from swr_jax.ops import attention, attention_splash
 from swr_jax.ops import reference as ref
 from swr_jax.ops.attention import sliding_window_attention
 from swr_jax.ops.attention_evaluation import run
@@ -120,17 +120,23 @@ def test_without_the_cudnn_library_it_is_xla(calls_of_cudnn, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "kv_heads", "window", "packed"),
+    ("queries", "keys", "kv_heads", "window", "packed", "fused"),
     [
-        (256, 256, 2, None, True),
-        (128, 300, 1, 100, False),  # keys in no whole lanes
-        pytest.param(256, 384, 2, 128, True, marks=pytest.mark.slow),
+        (256, 256, 2, None, True, True),
+        (128, 300, 1, 100, False, True),  # keys in no whole lanes
+        (128, 300, 1, 100, False, False),
+        pytest.param(256, 256, 2, None, True, False, marks=pytest.mark.slow),
+        pytest.param(256, 384, 2, 128, True, True, marks=pytest.mark.slow),
+        pytest.param(256, 384, 2, 128, True, False, marks=pytest.mark.slow),
     ],
 )
 def test_a_tpu_has_kernels_for_windows_and_documents(
-    monkeypatch, queries, keys, kv_heads, window, packed
+    monkeypatch, queries, keys, kv_heads, window, packed, fused
 ):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
+    if not fused:
+        monkeypatch.setattr(attention_splash, "_MOST_TILES_FUSED", 0)
+        monkeypatch.setattr(attention_splash, "_MOST_TILES_FUSED_IN_WINDOWS", 0)
     rng = np.random.default_rng(keys)
     sizes = ((queries, 2), (keys, kv_heads), (keys, kv_heads), (queries, 2))
     q, k, v, bar = (
