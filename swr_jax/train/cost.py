@@ -139,11 +139,12 @@ def _attention_flops(equation: core.JaxprEqn) -> float:
         for mapping in grid.block_mappings[:2]
     )
     (block_q, features), (block_kv, _) = queries, keys
-    length = next(x.aval.shape[-2] for x in equation.invars if x.aval.shape[-1:] == (features,))
+    last, seen = (mapping.array_aval.shape[-2] for mapping in grid.block_mappings[:2])
     *outer, rows, columns = grid.grid
     blocks = float(rows * columns)
-    if columns * block_kv >= length:  # The grid is whole, and half of it is skipped.
-        blocks = sum(-(-(row + 1) * block_q // block_kv) for row in range(rows))
+    if columns * block_kv >= seen:  # The grid is whole, and what is not before a query is skipped.
+        before = seen - last
+        blocks = sum(-(-(before + (row + 1) * block_q) // block_kv) for row in range(rows))
     return math.prod(outer) * blocks * 4.0 * block_q * block_kv * features
 
 

@@ -94,6 +94,14 @@ def test_attention_kernels_count_the_blocks_that_they_visit(monkeypatch, window,
     assert both.flops == pytest.approx((3.5 if fused else 4.5) * one, rel=1e-3)
 
 
+def test_attention_kernels_count_the_keys_before_the_first_query(monkeypatch):
+    """Tiles of 128: two rows of queries after four tiles of keys see five and six."""
+    q, k = (jax.ShapeDtypeStruct((3, length, 2, 128), jnp.bfloat16) for length in (256, 768))
+    monkeypatch.setattr(attention_splash, "_LARGEST_TILE", 128)
+    found = cost(lambda q, k, v: attention_splash.attend(q, k, v, None, None, None), q, k, k)
+    assert found.flops == 3 * 2 * (5 + 6) * 4 * 128 * 128 * 128
+
+
 def test_each_attention_layers_gradient_counts_its_own_blocks(monkeypatch):
     q = jax.ShapeDtypeStruct((3, 512, 2, 128), jnp.bfloat16)
 
