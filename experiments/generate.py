@@ -76,6 +76,7 @@ def main(argv: list[str]) -> None:
         else:
             length = 1 + len(tokenizer.encode(prompt)) + MAX_TOKENS.value
             conversation = begin(model, tokenizer, length)
+            conversation.reserve(length)  # after what was saved
             conversation.read(prompt)
             sys.stdout.write(prompt)
             show(conversation, sampling)

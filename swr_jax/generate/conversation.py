@@ -20,7 +20,7 @@ class Conversation:
         model: a language model.
         tokenizer: its own.
         max_length: tokens that the document may reach, if the model has full attention.
-        saved: a file that `save` wrote, to go on from; it knows its own `max_length`.
+        saved: a file that `save` wrote, to go on from.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -41,11 +41,16 @@ class Conversation:
             self._stream = TokenStream(model, max_length=max_length)
         else:
             self._stream = TokenStream.load(saved, model)
+            self._stream.reserve(max_length)
 
     @property
     def length(self) -> int:
         """Tokens of the document so far."""
         return self._stream.length
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens more, if the model has full attention."""
+        self._stream.reserve(self.length + tokens)
 
     def read(self, text: str) -> None:
         """Add text to the document.

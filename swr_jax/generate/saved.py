@@ -70,6 +70,14 @@ class TokenStream:
         self.length = 0
         self._streams = new_streams(model, 1, max_length=room(max_length))
 
+    def reserve(self, max_length: int) -> None:
+        """Let the stream reach `max_length` tokens: the caches of full attention grow to it."""
+        if max_length <= self.max_length:
+            return
+        larger = new_streams(self._model, 1, max_length=room(max_length))
+        self._streams = jax.tree.map(_at_the_beginning, larger, self._streams)
+        self.max_length = max_length
+
     def read(self, tokens: Sequence[int]) -> None:
         """Read tokens.
 
@@ -125,7 +133,7 @@ class TokenStream:
         if self._bounded and self.length + added > self.max_length:
             raise ValueError(
                 f"{added} tokens after {self.length} exceed max_length={self.max_length}, for "
-                "which full attention has room; make the stream with a larger max_length"
+                "which full attention has room; `reserve` makes more"
             )
 
     def save(self, path: str | Path) -> None:
@@ -186,6 +194,13 @@ class TokenStream:
         stream.length = header["length"]
         stream._streams = _filled(path, stream._streams, arrays, header["dtypes"])
         return stream
+
+
+def _at_the_beginning(larger: jax.Array, array: jax.Array) -> jax.Array:
+    """The array in the first places of a larger one: full attention has token n in slot n."""
+    if larger.shape == array.shape:
+        return array
+    return jax.lax.dynamic_update_slice(larger, array, (0,) * array.ndim)
 
 
 def _filled(path: Any, streams: Streams, arrays: dict, dtypes: dict) -> Streams:

@@ -142,7 +142,7 @@ def attend_parts(
     masks = jnp.split(mask[:, :, None], ends, axis=-1)
     logits = []
     for part, seen in zip(keys, masks, strict=True):
-        found = jnp.einsum("btngd,bsnd->bngts", grouped, part, preferred_element_type=jnp.float32)
+        found = _products(grouped, part)
         if options.soft_cap is None:
             found *= scale
         else:
@@ -153,15 +153,44 @@ def attend_parts(
     weights = [jnp.exp(part - jax.lax.stop_gradient(top)) for part in logits]
     total = sum(part.sum(axis=-1, keepdims=True) for part in weights)
     out = sum(
-        jnp.einsum(
-            "bngts,bsnd->btngd",
-            (part / total).astype(value.dtype),
-            value,
-            preferred_element_type=jnp.float32,
-        )
+        _means((part / total).astype(value.dtype), value)
         for part, value in zip(weights, values, strict=True)
     )
     return out.reshape(batch, queries, heads, features).astype(q.dtype)
+
+
+# A single query's products are bound by reading keys and values, which XLA's CPU backend transposes
+# before it multiplies them head by head. As matrices over the features of all heads together, in
+# which a head's query is zero outside its own, they are read in order. TPUs and GPUs do without.
+
+
+def _products(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Each query [B, T, Nkv, G, Dh] by the keys [B, S, Nkv, Dh] of its head: [B, Nkv, G, T, S]."""
+    batch, queries, kv_heads, groups, features = q.shape
+    if queries == 1 and target().platform == "cpu":
+        own = jnp.eye(kv_heads, dtype=q.dtype)[:, None, :, None]
+        apart = (q[:, 0, :, :, None] * own).reshape(batch, kv_heads * groups, -1)
+        rows = k.reshape(batch, -1, kv_heads * features)
+        found = jnp.einsum(
+            "bsf,bfc->bsc", rows, jnp.swapaxes(apart, 1, 2), preferred_element_type=jnp.float32
+        )
+        return jnp.moveaxis(found.reshape(batch, -1, kv_heads, groups, 1), 1, -1)
+    return jnp.einsum("btngd,bsnd->bngts", q, k, preferred_element_type=jnp.float32)
+
+
+def _means(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """Values [B, S, Nkv, Dh] of a head by its weights [B, Nkv, G, T, S]: [B, T, Nkv, G, Dh]."""
+    batch, kv_heads, groups, queries, keys = weights.shape
+    if queries == 1 and target().platform == "cpu":
+        rows = v.reshape(batch, keys, -1)
+        every = jnp.einsum(
+            "bcs,bsf->bcf",
+            weights.reshape(batch, -1, keys),
+            rows,
+            preferred_element_type=jnp.float32,
+        ).reshape(batch, 1, kv_heads, groups, kv_heads, -1)
+        return jnp.einsum("btngnd->btngd", every)
+    return jnp.einsum("bngts,bsnd->btngd", weights, v, preferred_element_type=jnp.float32)
 
 
 def _attend_cudnn(q, k, v, mask, *, options: LogitOptions) -> jax.Array:

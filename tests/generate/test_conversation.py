@@ -45,10 +45,11 @@ def test_saved_it_goes_on_where_it_stopped(tmp_path):
     whole = Conversation(model(), TOKENIZER)
     first = say(whole, "def main(", sampling=SAMPLING)
     expected = say(whole, "x", sampling=SAMPLING)
-    before = Conversation(model(), TOKENIZER)
+    before = Conversation(model(), TOKENIZER, max_length=60)
     assert say(before, "def main(", sampling=SAMPLING) == first
     before.save(tmp_path / "talk.npz")
-    after = Conversation(model(), TOKENIZER, saved=tmp_path / "talk.npz")
+    after = Conversation(model(), TOKENIZER, max_length=70, saved=tmp_path / "talk.npz")
+    after.reserve(60)
     assert say(after, "x", sampling=SAMPLING) == expected
     other = make_model("phalanx", "attention", seed=9)
     with pytest.raises(SavedStreamError, match="other weights"):

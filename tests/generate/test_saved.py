@@ -41,6 +41,19 @@ def test_saved_and_loaded_it_goes_on_to_the_bit(pattern, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["stream.npz"]
 
 
+def test_room_that_is_made_later_changes_nothing():
+    model, (prompt,) = make_model("swa", "attention"), prompts(41)
+    whole = TokenStream(model, max_length=300, chunk_size=16)
+    whole.read(prompt)
+    expected = list(whole.generate(max_tokens=255, sampling=SAMPLING))
+    stream = stream_of(model, prompt)
+    found = list(stream.generate(max_tokens=87, sampling=SAMPLING))
+    stream.reserve(100)
+    assert stream.max_length == 128
+    stream.reserve(300)  # more slots than there were
+    assert found + list(stream.generate(max_tokens=168, sampling=SAMPLING)) == expected
+
+
 def test_what_is_read_and_generated_in_turns_is_one_stream():
     model, (first, second) = make_model(*PATTERN), prompts(20, 9)
     stream = stream_of(model, first)
@@ -123,6 +136,9 @@ def test_room_is_checked_where_attention_needs_it():
         stream.generate(max_tokens=109)
     with pytest.raises(ValueError, match="the stream is empty"):
         TokenStream(model).generate(max_tokens=1)
+    stream.reserve(129)
+    assert stream.max_length == 129
+    assert len(list(stream.generate(max_tokens=1))) == 1
     recurrent = TokenStream(make_model("phalanx"), max_length=16, chunk_size=16)
     recurrent.read(prompt)  # a state of constant size has no end
     assert len(list(recurrent.generate(max_tokens=3))) == 3

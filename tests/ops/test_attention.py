@@ -152,9 +152,10 @@ def test_packed_documents_equal_separate_runs(window):
         np.testing.assert_allclose(packed[:, part], alone, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("queries", [5, 1])
 @pytest.mark.parametrize("window", [None, 7, 16])
-def test_a_cache_in_any_order_equals_dense_attention(window):
-    queries, keys, slots = 5, 23, 30
+def test_a_cache_in_any_order_equals_dense_attention(window, queries):
+    keys, slots = 23, 30
     before = keys - queries
     q, k, v, _ = inputs(queries, keys)
     packing = segments(keys, every=12)
@@ -177,6 +178,31 @@ def test_a_cache_in_any_order_equals_dense_attention(window):
         window=window,
     )
     assert relative_error(out, dense_attention(q, k, v, window, packing)) <= 1e-6
+
+
+def test_one_query_reads_its_cache_where_it_lies():
+    cache = jax.ShapeDtypeStruct((2, 4096, 2, 32), jnp.float32)
+    q = jax.ShapeDtypeStruct((2, 1, 4, 32), jnp.float32)
+    new = jax.ShapeDtypeStruct((2, 1, 2, 32), jnp.float32)
+    one, many = (jax.ShapeDtypeStruct((2, n), jnp.int32) for n in (1, 4096))
+
+    def attend(q, k, v, cached_k, cached_v, query, cached, segment, cached_segment):
+        return cached_attention(
+            q,
+            k,
+            v,
+            cached_k,
+            cached_v,
+            query_index=query,
+            cached_index=cached,
+            segment_ids=segment,
+            cached_segment_ids=cached_segment,
+            window=None,
+        )
+
+    arguments = (q, new, new, cache, cache, one, many, one, many)
+    used = jax.jit(attend).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    assert used < cache.size * cache.dtype.itemsize / 2  # logits and weights: a few for each key
 
 
 def temporary_bytes(length, *, window, backward):
