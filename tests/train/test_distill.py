@@ -215,7 +215,8 @@ def test_neither_mesh_nor_micro_batches_change_it(config, distilled, sizes):
     mesh = make_mesh(MeshConfig(**sizes))
     gradient, sums = gradient_on(mesh, config, accumulation=accumulation, **WEIGHTS)
     exact, exact_sums = distilled
-    assert sums == pytest.approx(exact_sums, rel=1e-5)
+    # The logits' divergence is a small difference of large numbers.
+    assert sums == pytest.approx(exact_sums, rel=1e-5, abs=2e-5)
     for path, value in gradient.items():
         assert relative(value, exact[path]) <= 1e-5, path
 
