@@ -64,6 +64,8 @@ def _inference(plan: Mapping) -> list[str]:
 def _memory(plan: Mapping) -> str:
     limit = plan["memory_limit"] / GIB
     kept = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in plan["held"].items())
+    if "failure" in plan:
+        return f"  memory          unknown: the compiler fails ({plan['failure']})"
     if plan["memory"] is None:
         return f"  memory          DOES NOT FIT {limit:.0f} GiB ({kept})"
     temporary = f", temporary {plan['temporary'] / GIB:.2f}" if "temporary" in plan else ""

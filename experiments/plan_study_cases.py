@@ -43,6 +43,8 @@ class Case:
         devices = CORES.get(chip, 1) * math.prod(map(int, shape.split("x")))
         tokens = TOKENS[chip] // LESS.get((self.config, chip), 1)
         sequence = max(1, self.length // tokens)
+        if sequence == 2:  # data 4, fsdp 32, sequence 2: libtpu finds no routes over 16 x 16 chips
+            sequence = 4
         tensor = SHARING_HEADS.get(self.config, 1) if self.length == LONGEST else 1
         copies = devices // tensor
         return {

@@ -56,6 +56,8 @@ def _lengths(plans: Sequence[Mapping]) -> str:
 def _cell(plans: Sequence[Mapping], plan: Mapping | None) -> str:
     if plan is None:
         return ""
+    if "failure" in plan:
+        return "the compiler fails"
     if not plan["fits"]:
         return "does not fit"
     if not is_timed(plan):

@@ -67,7 +67,8 @@ def make_plan(config: TrainConfig, topology: str) -> dict[str, Any]:
 
     Returns:
         A JSON-able record. Bytes, FLOPs and seconds of a device and one update, unless a name says
-        otherwise. "fits" is False where the compiler found no room, "seconds" then missing.
+        otherwise. "fits" is False where the compiler found no room, or failed for the reason that
+        "failure" then gives; "seconds" is missing in both cases.
 
     Raises:
         ValueError: the mesh does not fit the topology or the batch, or there is a teacher.
@@ -129,10 +130,11 @@ def compile_step(
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            memory = _used(str(error))
-            return {"fits": False, "memory": memory, "traced_flops": cost.flops}, None, cost
+            message = str(error)
+            found = {"fits": False, "memory": _used(message), "traced_flops": cost.flops}
+            if "RESOURCE_EXHAUSTED" not in message:
+                found["failure"] = message.splitlines()[0]
+            return found, None, cost
     seconds = time.monotonic() - started
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes

@@ -105,8 +105,12 @@ def test_what_does_not_fit_or_has_no_time_is_said(study, report):
     node = plan(study.Case("phalanx_1b", "h100:1x8x1", 8192), 1.0)
     for single in (tight, node):
         del single["seconds"]
+    broken = plan(study.Case("swax_7b", "v5e:16x16", 4096), 1.0, fits=False, memory=None)
+    del broken["seconds"]
+    broken["failure"] = "INTERNAL: no routes"
     endless = plan(study.Case("swax_1b", "v5e:16x16", 8192), 1.0, unknown_loops=1)
-    text = report.tables({"plans": [tight, node, endless]})
+    text = report.tables({"plans": [tight, node, endless, broken]})
     assert text.count("| fits |") == 2
+    assert "| the compiler fails |" in text
     assert "does not fit" in text
     assert "| fits |" in text
