@@ -37,7 +37,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     Over several slices, between which the network is slow, the axes that communicate least run
     first: `data`, then `fsdp`, `sequence`, `tensor`. Two slices of 16 chips with data=2, fsdp=16
-    hold one copy of the model each, and exchange nothing but its gradient.
+    hold one copy of the model each, and exchange nothing but its gradient. Within a slice an axis
+    may be a part of a physical one, as 16 devices of 4 x 8 x 8.
 
     Raises ValueError when the axis sizes do not multiply to the number of devices.
     """
@@ -61,7 +62,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     types = (AxisType.Auto,) * 4
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+        arranged = mesh_utils.create_device_mesh(
+            tuple(sizes.values()), devices, allow_split_physical_axes=True
+        )
+        return Mesh(arranged, MESH_AXES, axis_types=types)
     between = dict.fromkeys(MESH_AXES, 1)  # slices along each axis
     for axis in _BETWEEN_SLICES:
         between[axis] = math.gcd(sizes[axis], slices)
@@ -70,6 +74,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         [sizes[axis] // between[axis] for axis in MESH_AXES],
         [between[axis] for axis in MESH_AXES],
         devices,
+        allow_split_physical_axes=True,
     )
     return Mesh(arranged, MESH_AXES, axis_types=types)
 

@@ -82,3 +82,11 @@ def test_an_update_sends_its_gradient_to_the_other_slice_and_no_more(two_slices)
     gradient = 4 * blueprint.num_params / 4  # bytes of float32, over the four chips of a slice
     # What is too small to be split, and rows that are filled up, make an eighth here.
     assert gradient <= found < 1.2 * gradient
+
+
+def test_an_axis_may_be_a_part_of_a_physical_one():
+    """16 devices of 4 x 8 x 8, of which no axes multiply to 16."""
+    devices = targets.devices("v5p", "4x8x8", kernels=False)
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=16), devices)
+    assert dict(mesh.shape) == {"data": 16, "fsdp": 16, "tensor": 1, "sequence": 1}
+    assert len(set(mesh.devices.flat)) == 256
