@@ -60,10 +60,14 @@ def two_checkpoints(config, states, tmp_path_factory) -> Path:
 
 
 def files_of(checkpoint: Path) -> list[Path]:
-    """Files relative to `checkpoint`, those that hold arrays first, and of these the largest."""
-    found = [path for path in checkpoint.rglob("*") if path.is_file()]
-    found.sort(key=lambda path: (path.parent.name != "d", -path.stat().st_size))
+    """All files, relative to `checkpoint`."""
+    found = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     return [path.relative_to(checkpoint) for path in found]
+
+
+def array_files_of(checkpoint: Path) -> list[Path]:
+    """Those that hold arrays. Some may be of no use: a busy writer leaves what it has replaced."""
+    return [checkpoint / file for file in files_of(checkpoint) if file.parent.name == "d"]
 
 
 def flip_a_bit(path: Path, rng) -> None:
@@ -96,7 +100,8 @@ def test_the_last_good_one_is_used(two_checkpoints, blueprint, states, config, t
     workdir = tmp_path / "run"
     shutil.copytree(two_checkpoints, workdir)
     newest = workdir / "checkpoints" / "2"
-    damage(newest / files_of(newest)[0], np.random.default_rng(0))
+    for file in array_files_of(newest):
+        damage(file, np.random.default_rng(0))
     step, state, errors = restore_newest(workdir, blueprint, config)
     assert step == 1
     assert equal(state, states[1])
@@ -132,8 +137,8 @@ def test_where_none_is_whole_nothing_is_begun_anew(two_checkpoints, blueprint, c
     workdir = tmp_path / "run"
     shutil.copytree(two_checkpoints, workdir)
     for step in (1, 2):
-        checkpoint = workdir / "checkpoints" / str(step)
-        truncate(checkpoint / files_of(checkpoint)[0], np.random.default_rng(0))
+        for file in array_files_of(workdir / "checkpoints" / str(step)):
+            truncate(file, np.random.default_rng(0))
     with pytest.raises(CorruptCheckpointError, match=r"none of .* is whole.*/2 .*/1 .*--workdir"):
         restore_newest(workdir, blueprint, config)
     with (
@@ -148,7 +153,8 @@ def test_a_model_is_loaded_from_the_last_good_one(two_checkpoints, states, tmp_p
     workdir = tmp_path / "run"
     shutil.copytree(two_checkpoints, workdir)
     newest = workdir / "checkpoints" / "2"
-    flip_a_bit(newest / files_of(newest)[0], np.random.default_rng(0))
+    for file in array_files_of(newest):
+        flip_a_bit(file, np.random.default_rng(0))
     with pytest.warns(UserWarning, match=r"checkpoints/2 is not whole.*trying the one before"):
         model, _, step = load_model(workdir)
     assert step == 1
