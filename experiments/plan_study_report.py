@@ -131,6 +131,8 @@ def draw(record: Mapping, path: Path) -> None:
         axis.set(title=topology, xlabel="tokens of a row")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("predicted speed over Transformer++'s")
-    axes[0][-1].legend(fontsize=8)
+    found = [axis.get_legend_handles_labels() for axis in axes[0]]
+    lines = {label: line for pair in found for line, label in zip(*pair, strict=True)}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines), fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
