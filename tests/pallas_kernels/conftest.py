@@ -16,10 +16,10 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in without]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def schedules_are_written(request):
-    """libtpu is loaded once per process, so it must be told before anything else needs it."""
-    if any(item.get_closest_marker("targets") is not None for item in request.session.items):
+    """libtpu is loaded once per process, so it must be told at the first test that needs it."""
+    if request.node.get_closest_marker("targets") is not None:
         from pallas_kernels import targets
 
         targets.devices("v5e")
