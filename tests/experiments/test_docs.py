@@ -142,7 +142,6 @@ def test_the_way_to_a_pod(place, stand_ins, tmp_path):
     assert (bucket / "runs" / "first" / "metrics.jsonl").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.targets
 def test_the_plan_of_a_run(place):
     (plan,) = [block for block in blocks("train_on_a_pod", "sh") if "make plan" in block]
