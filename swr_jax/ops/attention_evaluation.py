@@ -164,10 +164,14 @@ def attend_parts(
 # which a head's query is zero outside its own, they are read in order. TPUs and GPUs do without.
 
 
+def _is_one_matrix(queries: int) -> bool:
+    return queries == 1 and target().platform == "cpu"
+
+
 def _products(q: jax.Array, k: jax.Array) -> jax.Array:
     """Each query [B, T, Nkv, G, Dh] by the keys [B, S, Nkv, Dh] of its head: [B, Nkv, G, T, S]."""
     batch, queries, kv_heads, groups, features = q.shape
-    if queries == 1 and target().platform == "cpu":
+    if _is_one_matrix(queries):
         own = jnp.eye(kv_heads, dtype=q.dtype)[:, None, :, None]
         apart = (q[:, 0, :, :, None] * own).reshape(batch, kv_heads * groups, -1)
         rows = k.reshape(batch, -1, kv_heads * features)
@@ -181,7 +185,7 @@ def _products(q: jax.Array, k: jax.Array) -> jax.Array:
 def _means(weights: jax.Array, v: jax.Array) -> jax.Array:
     """Values [B, S, Nkv, Dh] of a head by its weights [B, Nkv, G, T, S]: [B, T, Nkv, G, Dh]."""
     batch, kv_heads, groups, queries, keys = weights.shape
-    if queries == 1 and target().platform == "cpu":
+    if _is_one_matrix(queries):
         rows = v.reshape(batch, keys, -1)
         every = jnp.einsum(
             "bcs,bsf->bcf",

@@ -1,7 +1,10 @@
 """The trainer: updates of models of equal size, and what it costs beside them."""
 
+import dataclasses
+
 from swr_jax.benchmark import trainer, updates
-from swr_jax.benchmark.device import report, training
+from swr_jax.benchmark.device import training
+from swr_jax.benchmark.suites import device
 from swr_jax.benchmark.suites.section import Section
 
 SECTIONS = {
@@ -14,14 +17,11 @@ SECTIONS = {
         description=updates.__doc__,
         targets=lambda record, _: updates.targets(record["measurements"]),
     ),
-    "large": Section(
-        run=training.run,
+    "large": dataclasses.replace(
+        device.SECTIONS["training"],
         full=training.EVERY,
         tiny=training.EVERY_TINY,
-        references=training.REFERENCES,
-        shapes="32768 tokens an update in rows of T, bfloat16 activations, float32 parameters",
-        description=training.__doc__,
-        targets=report.training_targets,
+        seconds=float("inf"),
         device_only=True,
     ),
     "loop": Section(
