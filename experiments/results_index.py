@@ -123,6 +123,28 @@ def cpu_layers() -> str:
     )
 
 
+def data_preparation() -> str:
+    """What preparing a corpus keeps of the tokenizer's own speed, in words."""
+    record = read("data_preparation")
+    kept = record["prepare_over_alone"]["time"]
+    corpus = record["corpus"]
+    (target,) = record["targets"]
+    return (
+        f"From Parquet to a finished folder, {record['environment']['cores']} cores prepared "
+        f"{corpus['text_bytes'] / 2**20:.0f} MiB of text in {corpus['documents']:,}\ndocuments at "
+        f"{share(kept['threads'])} of the speed of the tokenizer's own batch call on text in\n"
+        f"memory, and at {share(kept['processes'])} of that of a bare process per core (required: "
+        f"{target['required']})."
+    )
+
+
+def share(value: Mapping) -> str:
+    """A median with its quartiles, in per cent."""
+    return (
+        f"{100 * value['median']:.0f} % ({100 * value['lower']:.0f} to {100 * value['upper']:.0f})"
+    )
+
+
 def rate(value: float) -> str:
     """A number with two digits at least."""
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
@@ -231,6 +253,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "cpu_recurrence": cpu_recurrence,
     "cpu_copy": cpu_copy,
     "cpu_layers": cpu_layers,
+    "data_preparation": data_preparation,
     "train_models": lambda: training_report.models(read("train_models")),
     "train_loop": lambda: training_report.loop(read("train_loop")),
     "h100_targets": h100_targets,
