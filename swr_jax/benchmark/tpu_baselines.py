@@ -3,10 +3,13 @@
 All at a constant number of tokens, T from 2k to 128k, H 128, D 16, bfloat16 in and out, float32
 inside. XLA's programs are given the time that their compiler estimates, kernels the larger of
 memory and issue time. Arguments have heads in the minor axis; for associative_scan it makes no
-difference, since the compiler lays a program's arguments out as it likes. The row-by-row scan is a
-kernel with the traffic of the exact one (swr_jax/benchmark/row_scan.py). Neither scan has a window.
-Forward and backward together return the output and both gradients; the floor counts decays, inputs
-and cotangents read once, outputs and gradients written once.
+difference, since the compiler lays a program's arguments out as it likes. It has two natural forms,
+with the decay broadcast over features by its own arithmetic, or repeated for each feature before.
+The row-by-row scan is a kernel with the traffic of the exact one (swr_jax/benchmark/row_scan.py).
+Neither scan has a window. Forward and backward together return the output and both gradients; the
+gradient alone returns no output, but takes what a forward pass has to compute for it: our kernels
+compute the states anew, the scans go forward first. The floor counts decays, inputs and cotangents
+read once, and what is returned written once.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,17 +25,23 @@ from swr_jax.benchmark.row_scan import row_scan
 TOKENS, HEADS, FEATURES = 65536, 128, 16
 LENGTHS = (2048, 8192, 32768, 131072)
 CHIPS = ("v5e", "v5p", "v6e")
-MODES = ("forward", "forward+backward")
+MODES = ("forward", "gradient", "forward+backward")
+
+
+def _combine(left: tuple, right: tuple) -> tuple:
+    return left[0] * right[0], right[0] * left[1] + right[1]
 
 
 def associative_scan(a: jax.Array, u: jax.Array) -> jax.Array:
     """Exact recurrence over [B, T, D, H] by `jax.lax.associative_scan`."""
-
-    def combine(left, right):
-        return left[0] * right[0], right[0] * left[1] + right[1]
-
     wide = (a[:, :, None].astype(jnp.float32), u.astype(jnp.float32))
-    return jax.lax.associative_scan(combine, wide, axis=1)[1].astype(u.dtype)
+    return jax.lax.associative_scan(_combine, wide, axis=1)[1].astype(u.dtype)
+
+
+def associative_scan_repeated(a: jax.Array, u: jax.Array) -> jax.Array:
+    """The same, with the decays repeated for each feature first."""
+    a = jnp.broadcast_to(a[:, :, None].astype(jnp.float32), u.shape)
+    return jax.lax.associative_scan(_combine, (a, u.astype(jnp.float32)), axis=1)[1].astype(u.dtype)
 
 
 def _kernel(lookback: int | None) -> Callable:
@@ -54,6 +63,7 @@ HEADS_MINOR = (FEATURES, HEADS)
 CONTESTANTS = {
     "programs": {
         "associative_scan": Contestant(associative_scan, HEADS_MINOR),
+        "associative_scan, repeated decays": Contestant(associative_scan_repeated, HEADS_MINOR),
     },
     "kernels": {
         "row-by-row kernel": Contestant(row_scan, (HEADS * FEATURES,)),
@@ -62,7 +72,8 @@ CONTESTANTS = {
     },
 }
 OURS = ("window kernel", "exact kernel")
-OTHERS = ("associative_scan", "row-by-row kernel")
+SCANS = tuple(CONTESTANTS["programs"])
+OTHERS = (*SCANS, "row-by-row kernel")
 
 
 def _arguments(length: int, mode: str, layout: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -72,12 +83,17 @@ def _arguments(length: int, mode: str, layout: tuple[int, ...]) -> tuple[jax.Sha
     return (a, u) if mode == "forward" else (a, u, u)
 
 
-def _both(fn: Callable) -> Callable:
-    def run(a, u, dx):
+def _program(fn: Callable, mode: str) -> Callable:
+    """What is compiled: a function of `_arguments`."""
+
+    def gradient(a, u, dx):
+        return jax.vjp(fn, a, u)[1](dx)
+
+    def both(a, u, dx):
         x, pull = jax.vjp(fn, a, u)
         return x, pull(dx)
 
-    return run
+    return {"forward": fn, "gradient": gradient, "forward+backward": both}[mode]
 
 
 def predict(chip: str, kind: str) -> Iterator[dict]:
@@ -90,7 +106,7 @@ def predict(chip: str, kind: str) -> Iterator[dict]:
     for length in LENGTHS:
         for mode in MODES:
             for name, (run, layout) in CONTESTANTS[kind].items():
-                fn = run if mode == "forward" else _both(run)
+                fn = _program(run, mode)
                 arguments = _arguments(length, mode, layout)
                 compile_ = targets.compile_program if kind == "programs" else targets.compile_for
                 report = compile_(chip, fn, *arguments, name=name)
@@ -114,8 +130,9 @@ def table(predictions: list[dict], tokens: int) -> str:
     names = (*OTHERS, *OURS)
     lines = [
         f"| chip | | {' | '.join(f'{name}, us' for name in names)} "
-        "| window kernel: times faster than either "
-        "| exact kernel: times faster than either | temporary memory of the scan, of the kernels |",
+        "| window kernel: times faster than each "
+        "| exact kernel: times faster than each "
+        "| temporary memory of the scans, of the kernels |",
         f"|---|---|{'---|' * (len(names) + 3)}",
     ]
     for chip in CHIPS:
@@ -130,7 +147,7 @@ def table(predictions: list[dict], tokens: int) -> str:
                 ratios = (found[name]["seconds"] / found[ours]["seconds"] for name in OTHERS)
                 cells.append(", ".join(f"{ratio:.1f}" for ratio in ratios))
             memory = max(found[name]["temporary_bytes"] for name in OURS)
-            scan = found["associative_scan"]["temporary_bytes"]
-            cells.append(f"{scan / 2**30:.1f} GiB, {memory / 2**20:.1f} MiB")
+            scans = ", ".join(f"{found[s]['temporary_bytes'] / 2**30:.1f}" for s in SCANS)
+            cells.append(f"{scans} GiB, {memory / 2**20:.1f} MiB")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

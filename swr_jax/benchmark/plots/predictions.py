@@ -52,9 +52,12 @@ def kernels(record: dict, path: Path) -> None:
 
 def tpu_baselines(record: dict, path: Path) -> None:
     """Draw time over the floor against length, a panel for each chip and mode."""
-    figure, axes = plt.subplots(len(MODES), len(CHIPS), figsize=(13, 7.5), sharex=True, sharey=True)
+    figure, axes = plt.subplots(
+        len(MODES), len(CHIPS), figsize=(13, 10.5), sharex=True, sharey=True
+    )
     styles = {
         "associative_scan": ("tab:red", "D", "--"),
+        "associative_scan, repeated decays": ("tab:orange", "s", "--"),
         "row-by-row kernel": ("tab:purple", "v", "-."),
         "window kernel": ("tab:blue", "o", "-"),
         "exact kernel": ("tab:green", "^", ":"),
