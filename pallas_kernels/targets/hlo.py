@@ -14,7 +14,9 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
 _CALLED = re.compile(
     r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.<>-]+)"
 )
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+# Branches of a conditional, and what a custom call stands for that a TPU's SparseCores execute.
+_CALLED_LISTS = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
+_CALLS = ("call", "conditional", "async-start", "custom-call", "custom-call-start")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _ARRAY = re.compile(r"(?P<dtype>pred|[a-z]+\d+\w*)\[(?P<shape>[\d,]*)\]")
@@ -245,11 +247,11 @@ def _multiplicities(
                 if count is None:
                     unknown.append(instruction.name)
                 trips = 1 if count is None else count
-            elif instruction.opcode not in ("call", "conditional", "async-start"):
+            elif instruction.opcode not in _CALLS:
                 continue
             called = _CALLED.findall(instruction.text)
-            for branches in _BRANCHES.findall(instruction.text):
-                called += re.findall(r"%?([\w.<>-]+)", branches)
+            for names in _CALLED_LISTS.findall(instruction.text):
+                called += re.findall(r"%?([\w.<>-]+)", names)
             for target in called:
                 if target in computations:
                     times[target] += runs * trips

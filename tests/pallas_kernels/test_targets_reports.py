@@ -174,6 +174,27 @@ def test_a_collective_of_several_arrays_moves_them_all():
     assert found == hlo.Collective("sums", "all-reduce", bytes=48, calls=1)
 
 
+ON_SPARSECORES = """HloModule on_sparsecores
+
+%gather (a: bf16[1,8]) -> bf16[4,8] {
+  %a = bf16[1,8]{1,0} parameter(0)
+  ROOT %whole = bf16[4,8]{1,0} all-gather(%a), channel_id=7, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[1,8]) -> bf16[4,8] {
+  %x = bf16[1,8]{1,0} parameter(0)
+  %begun = ((), (), (s32[64]{0})) custom-call-start(), called_computations={%gather}
+  %given = ((bf16[1,8]{1,0}), bf16[4,8]{1,0}, (s32[64]{0})) custom-call-update(%begun, %x)
+  ROOT %ended = bf16[4,8]{1,0} custom-call-done(%given)
+}
+"""
+
+
+def test_collectives_that_sparsecores_execute_are_counted():
+    (found,) = hlo.parse(ON_SPARSECORES, "tpu").collectives
+    assert found == hlo.Collective("whole", "all-gather", bytes=64, calls=1)
+
+
 BESIDE = """HloModule beside
 
 %begin (a: bf16[1,8]) -> bf16[4,8] {
