@@ -20,7 +20,7 @@ _ARGUMENTS = ("bthk", "bthk", "bthd", "bth", "bth", *_STATE)
 
 
 class Options(NamedTuple):
-    """What a compiled kernel depends on.
+    """What the kernels of a pass depend on.
 
     Attributes:
         chunk: tokens of a chunk, L.
@@ -35,8 +35,15 @@ class Options(NamedTuple):
     config: Any
 
 
+class Passes(NamedTuple):
+    """The options of both passes, which may differ in the chunk."""
+
+    forward: Options
+    backward: Options
+
+
 def differentiable(forward: Callable, backward: Callable, *, automatic: bool) -> Callable:
-    """Return solve(options, q, k, v, log_i, log_f, state) -> (h, state), spread over devices.
+    """Return solve(passes, q, k, v, log_i, log_f, state) -> (h, state), spread over devices.
 
     q, k [B, T, H, Dk] and v [B, T, H, Dv] are of any T, which is padded to whole chunks; log_i and
     log_f [B, T, H] and the state are float32. The gradient is exact for all of them; it repeats
@@ -85,17 +92,17 @@ def differentiable(forward: Callable, backward: Callable, *, automatic: bool) ->
         return distributed(function, arguments, axes, results, automatic=automatic)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def solve(options: Options, q, k, v, log_i, log_f, state: State) -> tuple[Array, State]:
+    def solve(passes: Passes, q, k, v, log_i, log_f, state: State) -> tuple[Array, State]:
         given = (q, k, v, log_i, log_f, *state)
-        pass_ = functools.partial(run_forward, options)
+        pass_ = functools.partial(run_forward, passes.forward)
         h, *state = run(pass_, given, _ARGUMENTS, ("bthd", *_STATE))
         return h, tuple(state)
 
-    def solve_forward(options, *arguments):
-        h, state = solve(options, *arguments)
-        return (h, state), (arguments, state if options.stabilized else None)
+    def solve_forward(passes, *arguments):
+        h, state = solve(passes, *arguments)
+        return (h, state), (arguments, state if passes.forward.stabilized else None)
 
-    def solve_backward(options, residuals, cotangents):
+    def solve_backward(passes, residuals, cotangents):
         (*arrays, state), final = residuals
         dh, dstate = cotangents
         # h does not depend on m, which is a constant wherever it only keeps numbers in range. As a
@@ -103,7 +110,7 @@ def differentiable(forward: Callable, backward: Callable, *, automatic: bool) ->
         dm = jnp.zeros_like(state[2])
         if final is not None:
             dm = dstate[2] - inner(dstate, final)
-        pass_ = functools.partial(run_backward, options)
+        pass_ = functools.partial(run_backward, passes.backward)
         given = (*arrays, *state, dh, *dstate[:2], dm)
         axes = (*_ARGUMENTS, "bthd", *_STATE)
         *gradients, dmemory, dnormalizer, dm = run(pass_, given, axes, _ARGUMENTS)
@@ -117,7 +124,7 @@ def differentiable(forward: Callable, backward: Callable, *, automatic: bool) ->
 def entry_point(
     forward: Callable,
     backward: Callable,
-    chunk_length: Callable[..., int],
+    chunk_lengths: Callable[..., tuple[int, int]],
     check: Callable[..., None],
     default: Any,
     *,
@@ -127,9 +134,9 @@ def entry_point(
 
     Args:
         forward, backward, automatic: as `differentiable` takes them.
-        chunk_length: takes (chunk_size, time, q_dim, v_dim, dtype, config) to the length of a
-            chunk that is nearest to what is wished for.
-        check: takes (options, q, k, v); raises NotImplementedError for what the kernels cannot do.
+        chunk_lengths: takes (chunk_size, time, q_dim, v_dim, dtype, config) to the lengths of a
+            chunk, in the forward and in the backward pass, that are nearest to what is wished for.
+        check: takes (passes, q, k, v); raises NotImplementedError for what the kernels cannot do.
         default: the `TuningConfig` where a call names none.
     """
     solve = differentiable(forward, backward, automatic=automatic)
@@ -162,10 +169,11 @@ def entry_point(
             NotImplementedError: a dtype or size that the kernel does not have.
         """
         config = default if config is None else config
-        chunk = chunk_length(chunk_size, q.shape[1], q.shape[-1], v.shape[-1], q.dtype, config)
-        options = Options(chunk, stabilized, normalized, config)
-        check(options, q, k, v)
-        return solve(options, q, k, v, log_i, log_f, state)
+        sizes = q.shape[1], q.shape[-1], v.shape[-1], q.dtype
+        chunks = chunk_lengths(chunk_size, *sizes, config)
+        passes = Passes(*(Options(chunk, stabilized, normalized, config) for chunk in chunks))
+        check(passes, q, k, v)
+        return solve(passes, q, k, v, log_i, log_f, state)
 
     return chunkwise
 

@@ -1,18 +1,24 @@
 """The chunkwise mLSTM on Hopper GPUs: the two passes that `gradient.differentiable` wants.
 
-The kernels are in modules of their own: `states` walks over the chunks, `rows` has the outputs and
-dq, `columns` dk and dv. Here is what calls them, and the way between the shapes of the caller and
-theirs: Dk and Dv are padded with zeros to multiples of 64.
+The kernels are in modules of their own: `states` walks over the chunks, `outputs` has h, `rows` dq,
+`columns` dk and dv. The outputs need no more than a tile of scores at a time, so that the forward
+pass has longer chunks, and fewer states to write and to read, than the backward pass. Here is what
+calls them, and the way between the shapes of the caller and theirs: Dk and Dv are padded with zeros
+to multiples of 64.
 
 Products are of bfloat16 numbers, with sums in float32; gates, weights, scores and n are float32.
 The states between the chunks go through memory in bfloat16.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mlstm import gates as rows_of
 from pallas_kernels.mlstm import mosaic_gpu_columns as columns
+from pallas_kernels.mlstm import mosaic_gpu_outputs as outputs
 from pallas_kernels.mlstm import mosaic_gpu_rows as rows
 from pallas_kernels.mlstm.gradient import entry_point
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import Problem
@@ -22,37 +28,67 @@ from pallas_kernels.mlstm.tuning import MULTIPROCESSORS, TILE, TuningConfig
 Array = jax.Array
 
 WIDEST_Q, WIDEST_V = 512, 1024
-_CHUNKS = (128, 64)
+# Chunks longer than this are for sequences of this many of them: the last one is filled up.
+_LONG, _MANY = 128, 8
 
 
-def chunk_length(
+class _Pass(NamedTuple):
+    """What the kernels of a pass can do: chunks, longest first, and slots that have room."""
+
+    chunks: tuple[int, ...]
+    slots: Callable[[Problem], int]
+
+    def holds(self, p: Problem) -> bool:
+        """Whether shared memory has room for a stage of every kernel."""
+        return self.slots(p) > 0
+
+
+_FORWARD = _Pass((256, 128, 64), lambda p: outputs.tiling(p)[1])
+_BACKWARD = _Pass((128, 64), lambda p: min(rows.gradient_slots(p), columns.gradient_slots(p)))
+
+
+def chunk_lengths(
     chunk_size: int, time: int, q_dim: int, v_dim: int, dtype: jnp.dtype, config: TuningConfig
-) -> int:
-    """Return the tokens of a chunk: the longest that kernels hold, unless 64 are enough.
+) -> tuple[int, int]:
+    """Return the tokens of a chunk in both passes: the most that kernels hold, or 64 if enough.
 
     Args:
         chunk_size: what the caller wishes; it changes no result.
         time: T.
         q_dim, v_dim: Dk, Dv.
         dtype: of q, k, v.
-        config: may name a chunk.
+        config: may name chunks.
     """
-    if config.chunk is not None:
-        return config.chunk
-    if chunk_size <= TILE or time <= TILE:
+
+    def longest(kernels: _Pass) -> int:
+        if chunk_size <= TILE or time <= TILE:
+            return TILE
+        for chunk in kernels.chunks:
+            useful = chunk <= _LONG or time >= _MANY * chunk
+            if useful and kernels.holds(
+                _sized(1, chunk, 1, q_dim, v_dim, chunk, True, dtype, config)
+            ):
+                return chunk
         return TILE
-    for chunk in _CHUNKS:
-        if _fits(_sized(1, chunk, 1, q_dim, v_dim, chunk, True, dtype, config)):
-            return chunk
-    return TILE
+
+    return config.forward_chunk or longest(_FORWARD), config.chunk or longest(_BACKWARD)
 
 
-def check(options, q: Array, k: Array, v: Array) -> None:
+def check(passes, q: Array, k: Array, v: Array) -> None:
     """Say what the kernels cannot do.
+
+    Args:
+        passes: `gradient.Passes`.
+        q, k, v: as in `forward`.
 
     Raises:
         NotImplementedError: a dtype or a size.
     """
+    _check(_FORWARD, passes.forward, q, k, v)
+    _check(_BACKWARD, passes.backward, q, k, v)
+
+
+def _check(kernels: _Pass, options, q: Array, k: Array, v: Array) -> None:
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.dtype == jnp.float16:
             raise NotImplementedError(
@@ -68,9 +104,9 @@ def check(options, q: Array, k: Array, v: Array) -> None:
         raise NotImplementedError(
             f"Dk={q_dim}, Dv={v_dim}: the kernels take up to {WIDEST_Q} and {WIDEST_V}"
         )
-    if options.chunk not in _CHUNKS:
-        raise NotImplementedError(f"chunk={options.chunk}: the kernels take {_CHUNKS}")
-    if not _fits(_problem(options, q, v)):
+    if options.chunk not in kernels.chunks:
+        raise NotImplementedError(f"chunk={options.chunk}: the kernels take {kernels.chunks}")
+    if not kernels.holds(_problem(options, q, v)):
         raise NotImplementedError(
             f"Dk={q_dim}, chunk={options.chunk}: more than shared memory holds"
         )
@@ -96,11 +132,11 @@ def forward(
         carry: [B, H, N].
         memory, normalizer: C [B, H, Dk, Dv] and n [B, H, Dk] before the first chunk, float32.
     """
-    check(options, q, k, v)
+    _check(_FORWARD, options, q, k, v)
     call = _Call(options, q, v)
-    found = call.states(k, v, gates, carry, memory, normalizer)
+    found = call.states("mlstm_states_forward", k, v, gates, carry, memory, normalizer)
     padded = (call.pad_q(q), call.pad_q(k), call.pad_v(v))
-    h = rows.outputs(call.problem, *padded, call.by_chunk(gates), *found[:2])
+    h = outputs.outputs(call.problem, *padded, call.by_chunk(gates), *found[:2])
     return h[..., : v.shape[-1]], *call.last_state(*found[2:])
 
 
@@ -126,10 +162,11 @@ def backward(
     Returns:
         As `gradient.differentiable` wants them.
     """
-    check(options, q, k, v)
+    _check(_BACKWARD, options, q, k, v)
     call = _Call(options, q, v)
     p = call.problem
-    memories, normalizers, *_ = call.states(k, v, gates, carry, memory, normalizer)
+    arguments = k, v, gates, carry, memory, normalizer
+    memories, normalizers, *_ = call.states("mlstm_states_again", *arguments)
     q, k, v, dh = call.pad_q(q), call.pad_q(k), call.pad_v(v), call.pad_v(dh.astype(v.dtype))
     by_chunk = call.by_chunk(gates)
     dq, told, d_row = rows.gradient(p, q, k, v, by_chunk, memories, normalizers, dh)
@@ -142,6 +179,7 @@ def backward(
         carry.reshape(-1),
         *call.pad_state(dmemory, dnormalizer),
         memories,
+        name="mlstm_states_backward",
         multiprocessors=_multiprocessors(),
     )
     dk, dv, d_columns = columns.gradient(p, q, k, v, by_chunk, told, dh, dmemories, dnormalizers)
@@ -157,7 +195,7 @@ def backward(
     )
 
 
-chunkwise = entry_point(forward, backward, chunk_length, check, TuningConfig(), automatic=True)
+chunkwise = entry_point(forward, backward, chunk_lengths, check, TuningConfig(), automatic=True)
 
 
 class _Call:
@@ -192,7 +230,7 @@ class _Call:
         """[B, H, N, 8, L] -> [B H N, 8, L]."""
         return gates.reshape(-1, *gates.shape[3:])
 
-    def states(self, k, v, gates, carry, memory, normalizer) -> tuple[Array, ...]:
+    def states(self, name, k, v, gates, carry, memory, normalizer) -> tuple[Array, ...]:
         """C and n of every chunk, and those after the last."""
         return walk(
             self.problem,
@@ -203,6 +241,7 @@ class _Call:
             carry.reshape(-1),
             *self.pad_state(memory, normalizer),
             None,
+            name=name,
             multiprocessors=_multiprocessors(),
         )
 
@@ -227,11 +266,6 @@ def _sized(batch, time, heads, q_dim, v_dim, chunk, normalized, dtype, config) -
     q_dim, v_dim = (-(-x // TILE) * TILE for x in (q_dim, v_dim))
     dtype = jnp.dtype(dtype)
     return Problem(batch, time, heads, q_dim, v_dim, chunk, normalized, dtype, config)
-
-
-def _fits(p: Problem) -> bool:
-    """Whether shared memory has room for a stage of every kernel."""
-    return min(rows.output_slots(p), rows.gradient_slots(p), columns.gradient_slots(p)) > 0
 
 
 def _multiprocessors() -> int:

@@ -42,7 +42,7 @@ class Problem:
     Attributes:
         batch, time, heads, q_dim, v_dim: B, T, H, Dk, Dv; T a multiple of the chunk, Dk and Dv
             of 64.
-        chunk: L, 64 or 128.
+        chunk: L, 64, 128 or, for the outputs and the states, 256.
         normalized: whether outputs are divided by max(|d|, floor) or by the floor.
         dtype: of q, k, v and h, and of the states between chunks.
         config: how the work is cut up.
@@ -70,8 +70,8 @@ class Problem:
 
     @property
     def groups(self) -> int:
-        """Warpgroups that compute, one for each 64 tokens of a chunk."""
-        return self.chunk // TILE
+        """Warpgroups that compute, one for each 64 tokens of a chunk, at most two."""
+        return min(2, self.chunk // TILE)
 
     @property
     def v_tiles(self) -> int:
@@ -162,8 +162,10 @@ def products(*sums: Sequence[tuple[Any, Ref]]) -> tuple[Array, ...]:
     """Return sums [64, N] of products of pairs [64, K], [K, N], in float32."""
 
     if simulated_platform() and isinstance(sums[0][0][0], jax.Array):
-        # The interpreter's first factors lie in shared memory.
+        # The interpreter's first factors lie in shared memory. What is read here, tensor cores read
+        # asynchronously: so that loads after it need not wait for more, it says so.
         own = sum(jnp.dot(a, b[...], preferred_element_type=jnp.float32) for a, b in sums[0])
+        plgpu.commit_smem()
         return own, *(products(*sums[1:]) if sums[1:] else ())
 
     def run(*totals: Ref) -> tuple[Array, ...]:
@@ -279,20 +281,22 @@ class Place:
         tokens = pl.ds((self.first + item) * p.chunk, p.chunk)
         return ref.at[self.batch, tokens, self.head, _columns(tile)]
 
-    def own_tokens(self, ref: Ref, item: Array, group: Array, tile: Array | None = None) -> Ref:
-        """The same for the rows of a warpgroup."""
+    def own_tokens(
+        self, ref: Ref, item: Array, group: Array, tile: Array | None = None, width: int = TILE
+    ) -> Ref:
+        """64 tokens of a chunk, as the rows of a warpgroup are."""
         p = self.problem
         tokens = pl.ds((self.first + item) * p.chunk + group * TILE, TILE)
-        return ref.at[self.batch, tokens, self.head, _columns(tile)]
+        return ref.at[self.batch, tokens, self.head, _columns(tile, width)]
 
-    def memory(self, ref: Ref, item: Array, rows: slice, tile: Array) -> Ref:
-        """Rows of a chunk's C, [B H N Dk, Dv], and a tile of 64 columns."""
+    def memory(self, ref: Ref, item: Array, rows: slice, tile: Array, width: int = TILE) -> Ref:
+        """Rows of a chunk's C, [B H N Dk, Dv], and a tile of its columns."""
         first = self.index(item) * self.problem.q_dim + rows.start
-        return ref.at[pl.ds(first, rows.stop - rows.start), _columns(tile)]
+        return ref.at[pl.ds(first, rows.stop - rows.start), _columns(tile, width)]
 
 
-def _columns(tile: Array | None) -> Any:
-    return slice(None) if tile is None else pl.ds(tile * TILE, TILE)
+def _columns(tile: Array | None, width: int = TILE) -> Any:
+    return slice(None) if tile is None else pl.ds(tile * width, width)
 
 
 def tile_of(tile: int) -> Any:

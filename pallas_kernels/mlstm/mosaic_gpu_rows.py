@@ -26,7 +26,6 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     WIDEST_PRODUCT,
     Place,
     Problem,
-    Staging,
     Stream,
     Weights,
     afresh,
@@ -74,12 +73,6 @@ def _parts(p: Problem) -> list[slice]:
     return rounds(p, WIDEST_PRODUCT if p.chunk == TILE else _NARROW)
 
 
-def output_slots(p: Problem) -> int:
-    """Slots of `outputs`; 0: shared memory has no room."""
-    fixed = _head_bytes(p) + 2 * p.chunk * TILE * p.dtype.itemsize
-    return fitting_slots(p.config, fixed, (p.chunk + p.q_dim) * TILE * p.dtype.itemsize)
-
-
 def gradient_slots(p: Problem) -> int:
     """Slots of `gradient`; 0: shared memory has no room."""
     stage = (2 * p.chunk + _parts(p)[0].stop) * TILE
@@ -111,89 +104,6 @@ def _load_head(p: Problem, place: Place, item: Array, sources: list[Ref], head: 
     plgpu.copy_gmem_to_smem(place.tokens(k, item), k_smem.at[0], barrier)
     plgpu.copy_gmem_to_smem(gates.at[place.index(item)], gates_smem, barrier)
     load_vector(normalizers.at[place.index(item)], n_smem, barrier)
-
-
-def outputs(p: Problem, q, k, v, gates, memories, normalizers) -> Array:
-    """Return h [B, T, H, Dv].
-
-    Args:
-        p: the problem.
-        q, k: [B, T, H, Dk].
-        v: [B, T, H, Dv].
-        gates: [B H N, 8, L], float32.
-        memories: C of every chunk, [B H N Dk, Dv].
-        normalizers: n of every chunk, [B H N, Dk], float32.
-    """
-    slots = output_slots(p)
-    whole = slice(0, p.q_dim)
-
-    def body(q_gmem, k_gmem, v_gmem, gates_gmem, memories_gmem, normalizers_gmem, h_gmem, *scratch):
-        v_smem, c_smem, tiles, *head, full, free = scratch
-        place, stream = Place(p), Stream(slots, free)
-        q_smem, k_smem, gates_smem, n_smem, head_full, head_free = head
-
-        def load() -> None:
-            @pl.loop(0, place.count)
-            def _(item):
-                sources = [q_gmem, k_gmem, gates_gmem, normalizers_gmem]
-                _load_head(p, place, item, sources, head)
-
-                @pl.loop(0, opaque(jnp.int32(p.v_tiles)))
-                def _(tile):
-                    slot = stream.acquire(item * p.v_tiles + tile)
-                    source = place.memory(memories_gmem, item, whole, tile)
-                    plgpu.copy_gmem_to_smem(source, c_smem.at[slot], full.at[slot])
-                    source = place.tokens(v_gmem, item, tile)
-                    plgpu.copy_gmem_to_smem(source, v_smem.at[slot], full.at[slot])
-
-            Stream(1, head_free).drain(place.count)
-            stream.drain(place.count * p.v_tiles)
-
-        def compute(group: Array) -> None:
-            @pl.loop(0, place.count)
-            def _(item):
-                own = opaque(group)
-                staging = Staging(tiles.at[own])
-                plgpu.barrier_wait(head_full.at[0])
-                weights = Weights(gates_smem, own, own_columns=False)
-                s = tiles_of(product(afresh(q_smem, group), transposed(afresh(k_smem))))
-                s = [weights.matrix(tile) * x for tile, x in enumerate(s)]
-                recall, floor = (weights.own_row(x) for x in (rows_of.RECALL, rows_of.FLOOR))
-                divisor = floor
-                if p.normalized:
-                    d = row_sums(s) + recall * inner_with_columns(afresh(q_smem, group), n_smem)
-                    divisor = jnp.maximum(jnp.abs(d), floor)
-                inverse = 1 / divisor
-                s = [x.astype(p.dtype) for x in s]
-
-                @pl.loop(0, opaque(jnp.int32(p.v_tiles)))
-                def _(tile):
-                    step = item * p.v_tiles + tile
-                    slot = stream.slot(step)
-                    plgpu.barrier_wait(full.at[slot])
-                    own_part = [(x, v_smem.at[slot, tile_of(i)]) for i, x in enumerate(s)]
-                    h, recalled = products(own_part, [(afresh(q_smem, group), c_smem.at[slot])])
-                    stream.release(step)
-                    h = (h + recalled * over_rows(recall, h)) * over_rows(inverse, h)
-                    staging.store(h, place.own_tokens(h_gmem, item, own, tile), step)
-
-                plgpu.barrier_arrive(head_free.at[0])
-
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-        warpgroups(p.groups, compute, load)
-
-    scratch = [
-        matrices(slots, p.chunk, TILE, dtype=p.dtype),
-        matrices(slots, p.q_dim, TILE, dtype=p.dtype),
-        matrices(p.groups, 2, TILE, TILE, dtype=p.dtype),
-        *_head_scratch(p),
-        full_barriers(slots, 2),
-        free_barriers(slots, p.groups),
-    ]
-    out = jax.ShapeDtypeStruct(v.shape, v.dtype)
-    run = launch(body, "mlstm_outputs", p.groups, out, scratch, **Place.grid(p))
-    return run(q, k, v, gates, memories, normalizers)
 
 
 def gradient(p: Problem, q, k, v, gates, memories, normalizers, dh) -> tuple[Array, Array, Array]:

@@ -54,6 +54,7 @@ def walk(
     normalizer: Array,
     others: Array | None,
     *,
+    name: str,
     multiprocessors: int,
 ) -> tuple[Array, ...]:
     """Return what each chunk finds, and what the last one leaves.
@@ -68,6 +69,7 @@ def walk(
         memory, normalizer: what the first chunk finds, [B H, Dk, Dv] and [B H, Dk], float32.
         others: C of every chunk, [B H N Dk, Dv]: the walk goes backward, from the last chunk to
             the first.
+        name: of the kernel.
         multiprocessors: of the chip.
 
     Returns:
@@ -238,7 +240,6 @@ def walk(
         free_barriers(slots, groups),
         full_barriers(groups),
     ]
-    name = "mlstm_states_backward" if backward else "mlstm_states_forward"
     grid = {"v_block": v_blocks, "q_block": p.q_dim // q_tile, "head": p.heads, "batch": p.batch}
     return launch(body, name, groups, outputs, scratch, **grid)(*inputs)
 

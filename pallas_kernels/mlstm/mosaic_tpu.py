@@ -44,10 +44,12 @@ Array = jax.Array
 _SUPPORTED = ("float32", "bfloat16", "float16")
 
 
-def chunk_length(
+def chunk_lengths(
     chunk_size: int, time: int, q_dim: int, v_dim: int, dtype: jnp.dtype, config: TuningConfig
-) -> int:
-    """Return the length of a chunk: 128, or twice that as often as wished, useful and possible.
+) -> tuple[int, int]:
+    """Return the length of a chunk in both passes, which is one.
+
+    It is 128, or twice that as often as wished, useful and possible.
 
     Args:
         chunk_size: what the caller wishes.
@@ -62,7 +64,7 @@ def chunk_length(
     sizes = padded(q_dim), padded(v_dim)
     while 2 * length <= longest and vmem_bytes(2 * length, *sizes, itemsize) <= VMEM_BUDGET:
         length *= 2
-    return length
+    return length, length
 
 
 def check(options: Any, q: Array, k: Array, v: Array) -> None:
@@ -248,4 +250,10 @@ def backward(
 
 
 # The compiler of TPUs cannot split a kernel by itself.
-chunkwise = entry_point(forward, backward, chunk_length, check, TuningConfig(), automatic=False)
+def _check_passes(passes: Any, q: Array, k: Array, v: Array) -> None:
+    check(passes.forward, q, k, v)
+
+
+chunkwise = entry_point(
+    forward, backward, chunk_lengths, _check_passes, TuningConfig(), automatic=False
+)

@@ -12,10 +12,11 @@ MULTIPROCESSORS = 132
 
 @dataclasses.dataclass(frozen=True)
 class TuningConfig:
-    """How the launches are tiled; results depend on it only through the chunk, in rounding.
+    """How the launches are tiled; results depend on it only through the chunks, in rounding.
 
     Attributes:
-        chunk: tokens of a chunk, 64 or 128; None: what suits the shape.
+        chunk: tokens of a chunk in the backward pass, 64 or 128; None: what suits the shape.
+        forward_chunk: in the forward pass, 64, 128 or 256; None likewise.
         span: chunks that a thread block does one after the other, where chunks do not depend on
             each other.
         q_tile: rows of the state, 64 or 128, that a thread block carries from chunk to chunk;
@@ -25,6 +26,7 @@ class TuningConfig:
     """
 
     chunk: int | None = None
+    forward_chunk: int | None = None
     span: int = 8
     q_tile: int | None = None
     v_tile: int | None = None
@@ -33,6 +35,8 @@ class TuningConfig:
     def __post_init__(self):
         if self.chunk not in (None, 64, 128):
             raise ValueError(f"chunk={self.chunk}: must be 64, 128 or None")
+        if self.forward_chunk not in (None, 64, 128, 256):
+            raise ValueError(f"forward_chunk={self.forward_chunk}: must be 64, 128, 256 or None")
         if self.span < 1:
             raise ValueError(f"span={self.span}: must be at least 1")
         if self.q_tile not in (None, 64, 128):

@@ -7,9 +7,7 @@ difference, since the compiler lays a program's arguments out as it likes. It ha
 with the decay broadcast over features by its own arithmetic, or repeated for each feature before.
 The row-by-row scan is a kernel with the traffic of the exact one (swr_jax/benchmark/row_scan.py).
 Neither scan has a window. Forward and backward together return the output and both gradients; the
-gradient alone returns no output, but takes what a forward pass has to compute for it: our kernels
-compute the states anew, the scans go forward first. The floor counts decays, inputs and cotangents
-read once, and what is returned written once.
+floor counts decays, inputs and cotangents read once, outputs and gradients written once.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +23,7 @@ from swr_jax.benchmark.row_scan import row_scan
 TOKENS, HEADS, FEATURES = 65536, 128, 16
 LENGTHS = (2048, 8192, 32768, 131072)
 CHIPS = ("v5e", "v5p", "v6e")
-MODES = ("forward", "gradient", "forward+backward")
+MODES = ("forward", "forward+backward")
 
 
 def _combine(left: tuple, right: tuple) -> tuple:
@@ -83,17 +81,12 @@ def _arguments(length: int, mode: str, layout: tuple[int, ...]) -> tuple[jax.Sha
     return (a, u) if mode == "forward" else (a, u, u)
 
 
-def _program(fn: Callable, mode: str) -> Callable:
-    """What is compiled: a function of `_arguments`."""
-
-    def gradient(a, u, dx):
-        return jax.vjp(fn, a, u)[1](dx)
-
-    def both(a, u, dx):
+def _both(fn: Callable) -> Callable:
+    def run(a, u, dx):
         x, pull = jax.vjp(fn, a, u)
         return x, pull(dx)
 
-    return {"forward": fn, "gradient": gradient, "forward+backward": both}[mode]
+    return run
 
 
 def predict(chip: str, kind: str) -> Iterator[dict]:
@@ -106,7 +99,7 @@ def predict(chip: str, kind: str) -> Iterator[dict]:
     for length in LENGTHS:
         for mode in MODES:
             for name, (run, layout) in CONTESTANTS[kind].items():
-                fn = _program(run, mode)
+                fn = run if mode == "forward" else _both(run)
                 arguments = _arguments(length, mode, layout)
                 compile_ = targets.compile_program if kind == "programs" else targets.compile_for
                 report = compile_(chip, fn, *arguments, name=name)

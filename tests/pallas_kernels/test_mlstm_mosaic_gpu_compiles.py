@@ -13,7 +13,7 @@ pytestmark = pytest.mark.targets
 
 CHIP = "h100"
 KERNELS = {
-    *("mlstm_states_forward", "mlstm_states_backward", "mlstm_outputs"),
+    *("mlstm_states_forward", "mlstm_states_again", "mlstm_states_backward", "mlstm_outputs"),
     *("mlstm_rows_gradient", "mlstm_columns_gradient"),
 }
 
@@ -42,7 +42,7 @@ def test_compiles_without_spills(sizes, chunk, normalized):
 def test_other_heads_compile(sizes):
     """With the chunk that is chosen for them. The gradient of the columns spills a little there."""
     *_, q_dim, v_dim = sizes
-    chunk = mosaic_gpu.chunk_length(128, 8192, q_dim, v_dim, jnp.bfloat16, TuningConfig())
+    _, chunk = mosaic_gpu.chunk_lengths(128, 8192, q_dim, v_dim, jnp.bfloat16, TuningConfig())
     assert {kernel.name for kernel in compiled(sizes, chunk, True).kernels} == KERNELS
 
 

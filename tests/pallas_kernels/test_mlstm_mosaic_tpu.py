@@ -226,8 +226,8 @@ def test_a_tuning_out_of_range_is_refused(options, reason):
 )
 def test_the_length_of_a_chunk(wished, time, sizes, dtype, length):
     config = TuningConfig(longest_chunk=512)
-    assert mosaic_tpu.chunk_length(wished, time, *sizes, dtype, config) == length
-    assert mosaic_tpu.chunk_length(wished, time, *sizes, dtype, TuningConfig()) == 128
+    assert mosaic_tpu.chunk_lengths(wished, time, *sizes, dtype, config) == (length, length)
+    assert mosaic_tpu.chunk_lengths(wished, time, *sizes, dtype, TuningConfig())[1] == 128
 
 
 @pytest.mark.slow

@@ -52,9 +52,7 @@ def kernels(record: dict, path: Path) -> None:
 
 def tpu_baselines(record: dict, path: Path) -> None:
     """Draw time over the floor against length, a panel for each chip and mode."""
-    figure, axes = plt.subplots(
-        len(MODES), len(CHIPS), figsize=(13, 10.5), sharex=True, sharey=True
-    )
+    figure, axes = plt.subplots(len(MODES), len(CHIPS), figsize=(13, 7.5), sharex=True, sharey=True)
     styles = {
         "associative_scan": ("tab:red", "D", "--"),
         "associative_scan, repeated decays": ("tab:orange", "s", "--"),
