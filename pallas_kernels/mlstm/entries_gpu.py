@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.catalogue import Budget, Entry, default_budget
 from pallas_kernels.mlstm import mosaic_gpu
 from pallas_kernels.mlstm.gradient import Options
-from pallas_kernels.mlstm.tuning import TILE, TuningConfig
+from pallas_kernels.mlstm.tuning import MULTIPROCESSORS, TILE, TuningConfig, suited_span
 from pallas_kernels.targets import Chip, Launch
 
 BATCH, TIME, HEADS, Q_DIM, V_DIM = 8, 8192, 16, 128, 256
@@ -100,7 +100,8 @@ def _launches(backward: bool) -> tuple[Launch, ...]:
     first loop of each kernel zeroes the barriers.
     """
     everyone, computing, loading = (0, 1, 2), (0, 1), (2,)
-    span, tiles, tile_bytes = TuningConfig().span, V_DIM // TILE, CHUNK * TILE * 2
+    span = suited_span(SEQUENCES, TIME // FORWARD_CHUNK, MULTIPROCESSORS)  # of either chunk
+    tiles, tile_bytes = V_DIM // TILE, CHUNK * TILE * 2
 
     def by_span(kernel: str, compute: int, load: int, in_flight: int) -> Launch:
         """So many loops over tiles in the one and in the other."""

@@ -10,6 +10,7 @@ Products are of bfloat16 numbers, with sums in float32; gates, weights, scores a
 The states between the chunks go through memory in bfloat16.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from pallas_kernels.mlstm import mosaic_gpu_rows as rows
 from pallas_kernels.mlstm.gradient import entry_point
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import Problem
 from pallas_kernels.mlstm.mosaic_gpu_states import walk
-from pallas_kernels.mlstm.tuning import MULTIPROCESSORS, TILE, TuningConfig
+from pallas_kernels.mlstm.tuning import MULTIPROCESSORS, TILE, TuningConfig, suited_span
 
 Array = jax.Array
 
@@ -265,6 +266,9 @@ def _problem(options, q: Array, v: Array) -> Problem:
 def _sized(batch, time, heads, q_dim, v_dim, chunk, normalized, dtype, config) -> Problem:
     q_dim, v_dim = (-(-x // TILE) * TILE for x in (q_dim, v_dim))
     dtype = jnp.dtype(dtype)
+    if config.span is None:
+        span = suited_span(batch * heads, time // chunk, _multiprocessors())
+        config = dataclasses.replace(config, span=span)
     return Problem(batch, time, heads, q_dim, v_dim, chunk, normalized, dtype, config)
 
 

@@ -8,6 +8,7 @@ TILE = 64
 SHARED_MEMORY = 232448 - 1792
 # Streaming multiprocessors of an H100 or H200 (SXM), where nothing says otherwise.
 MULTIPROCESSORS = 132
+_MOST_CHUNKS = 8  # that a thread block does one after the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class TuningConfig:
         chunk: tokens of a chunk in the backward pass, 64 or 128; None: what suits the shape.
         forward_chunk: in the forward pass, 64, 128 or 256; None likewise.
         span: chunks that a thread block does one after the other, where chunks do not depend on
-            each other.
+            each other; None: what suits the shape.
         q_tile: rows of the state, 64 or 128, that a thread block carries from chunk to chunk;
             None: what suits the shape.
         v_tile: columns of it, a multiple of 64 up to 256; None likewise.
@@ -27,7 +28,7 @@ class TuningConfig:
 
     chunk: int | None = None
     forward_chunk: int | None = None
-    span: int = 8
+    span: int | None = None
     q_tile: int | None = None
     v_tile: int | None = None
     slots: int = 4
@@ -37,8 +38,8 @@ class TuningConfig:
             raise ValueError(f"chunk={self.chunk}: must be 64, 128 or None")
         if self.forward_chunk not in (None, 64, 128, 256):
             raise ValueError(f"forward_chunk={self.forward_chunk}: must be 64, 128, 256 or None")
-        if self.span < 1:
-            raise ValueError(f"span={self.span}: must be at least 1")
+        if self.span is not None and self.span < 1:
+            raise ValueError(f"span={self.span}: must be at least 1 or None")
         if self.q_tile not in (None, 64, 128):
             raise ValueError(f"q_tile={self.q_tile}: must be 64, 128 or None")
         if self.v_tile not in (None, 64, 128, 192, 256):
@@ -64,6 +65,15 @@ def state_tiles(
         if sequences * (q_dim // q_tile) * (v_dim // v_tile) >= multiprocessors * 7 // 8:
             return q_tile, v_tile
     return sizes[-1]
+
+
+def suited_span(sequences: int, chunks: int, multiprocessors: int) -> int:
+    """Return how many chunks a thread block does one after the other.
+
+    Its loads run ahead from chunk to chunk, so several are better than one, up to eight; but first
+    there have to be two thread blocks for each multiprocessor.
+    """
+    return max(1, min(_MOST_CHUNKS, sequences * chunks // (2 * multiprocessors)))
 
 
 def fitting_slots(config: TuningConfig, fixed_bytes: int, slot_bytes: int) -> int:

@@ -20,7 +20,7 @@ from simulation import simulated_gpu
 
 from pallas_kernels.mlstm import gates, mosaic_gpu
 from pallas_kernels.mlstm.gradient import Options, Passes
-from pallas_kernels.mlstm.tuning import TuningConfig, state_tiles
+from pallas_kernels.mlstm.tuning import TuningConfig, state_tiles, suited_span
 
 TESTS = Path(__file__).parents[1]
 TOLERANCE = 4e-3
@@ -169,7 +169,7 @@ def test_a_long_chunk_is_for_the_forward_pass_alone():
     [
         ({"chunk": 96}, "chunk=96: must be 64, 128 or None"),
         ({"forward_chunk": 512}, "forward_chunk=512: must be 64, 128, 256 or None"),
-        ({"span": 0}, "span=0: must be at least 1"),
+        ({"span": 0}, "span=0: must be at least 1 or None"),
         ({"q_tile": 32}, "q_tile=32: must be 64, 128 or None"),
         ({"v_tile": 512}, "v_tile=512: must be 64, 128, 192, 256 or None"),
         ({"slots": 0}, "slots=0: must be at least 1"),
@@ -184,3 +184,11 @@ def test_state_tiles_fill_the_chip():
     """Whole states where there are enough sequences, small tiles of them where there are few."""
     assert state_tiles(TuningConfig(), 128, 128, 256, 132) == (128, 256)
     assert state_tiles(TuningConfig(), 16, 128, 256, 132) == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "chunks", "span"), [(128, 32, 8), (8, 128, 3), (8, 32, 1), (1, 1, 1)]
+)
+def test_thread_blocks_share_chunks_until_the_chip_is_full(sequences, chunks, span):
+    assert suited_span(sequences, chunks, 132) == span
+    assert span == 1 or sequences * (chunks // span) >= 2 * 132
