@@ -20,7 +20,6 @@ from pallas_kernels.mlstm import gates as rows_of
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     Place,
     Problem,
-    Staging,
     Stream,
     Weights,
     accumulated,
@@ -180,7 +179,7 @@ def outputs(p: Problem, q, k, v, gates, memories, normalizers) -> Array:
                 if p.normalized:
                     divisor = jnp.maximum(jnp.abs(d[0]), divisor)
                 h *= over_rows(1 / divisor, h)
-                staging, tiles = Staging(staged.at[own]), width // TILE
+                staging, tiles = _Staging(staged.at[own]), width // TILE
                 for i, x in enumerate(tiles_of(h)):
                     target = place.own_tokens(h_gmem, item, position, column * tiles + i)
                     staging.store(x, target, turn * tiles + i)
@@ -207,3 +206,18 @@ def outputs(p: Problem, q, k, v, gates, memories, normalizers) -> Array:
     grid = {"v_block": p.v_dim // width, **Place.grid(p)}
     run = launch(body, "mlstm_outputs", p.groups, out, scratch, **grid)
     return run(q, k, v, gates, memories, normalizers)
+
+
+class _Staging:
+    """Two tiles [64, 64] of shared memory of a warpgroup, through which results leave."""
+
+    def __init__(self, tiles: Ref):
+        self.tiles = tiles
+
+    def store(self, x: Array, target: Ref, turn: Array) -> None:
+        """Start storing a tile; `turn` counts them."""
+        tile = self.tiles.at[lax.rem(turn, jnp.int32(2))]
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        tile[...] = x.astype(tile.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(tile, target)

@@ -457,18 +457,3 @@ def store_directly(ref: Ref, x: Array) -> None:
         plgpu.store(ref, x, optimized=False)
     else:  # JAX 0.11 asks for nothing better.
         ref[...] = x
-
-
-class Staging:
-    """Two tiles [64, 64] of shared memory of a warpgroup, through which results leave."""
-
-    def __init__(self, tiles: Ref):
-        self.tiles = tiles
-
-    def store(self, x: Array, target: Ref, turn: Array) -> None:
-        """Start storing a tile; `turn` counts them."""
-        tile = self.tiles.at[lax.rem(turn, jnp.int32(2))]
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        tile[...] = x.astype(tile.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(tile, target)

@@ -1,19 +1,16 @@
-"""What belongs to the rows i of a chunk: the outputs, and in the backward pass dq.
+"""What belongs to the rows i of a chunk in the backward pass: dq, and their part of the gates.
 
 Notation of `gates` and of the chunkwise mLSTM: S = A * (q k^T), d = sum_j S_ij + g (q n), C and n
 what the chunk finds, g their weights, floor and divisor as there.
 
-    outputs   h = (S v + g (q C)) / divisor
-    gradient  dS = dh v^T / divisor, R = dh C^T / divisor, X = S * dS, drec = g (q . R)
-              dd = -(sum_j X_ij + drec) / divisor * sgn(d) where |d| > floor, else 0
-              dq = (A * (dS + dd)) k + g (R + dd n)
+    h = (S v + g (q C)) / divisor
+    dS = dh v^T / divisor, R = dh C^T / divisor, X = S * dS, drec = g (q . R)
+    dd = -(sum_j X_ij + drec) / divisor * sgn(d) where |d| > floor, else 0
+    dq = (A * (dS + dd)) k + g (R + dd n)
 
 A thread block does some chunks of a sequence one after the other, each warpgroup 64 rows of them,
-with S, dS and R in registers; v, C and dh come in tiles of 64 columns of v. Per chunk and head:
-
-              numbers read                written    multiplications
-    outputs   L (2 Dk + Dv) + Dk Dv       L Dv       L (L Dk + L Dv + Dk Dv)
-    gradient  L (2 Dk + 2 Dv) + Dk Dv     L Dk       L (2 L Dk + L Dv + Dk Dv)
+with S, dS and R in registers; v, C and dh come in tiles of 64 columns of v. Per chunk and head it
+reads L (2 Dk + 2 Dv) + Dk Dv numbers, writes L Dk, and multiplies L (2 L Dk + L Dv + Dk Dv) times.
 """
 
 import jax

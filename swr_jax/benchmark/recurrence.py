@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from swr_jax.benchmark import oracle, timing
+from swr_jax.benchmark import oracle, scans, timing
 from swr_jax.ops import (
     gated_sliding_window_recurrence,
     linear_recurrence,
@@ -66,17 +66,13 @@ class Contestant:
     lookback: int | None
 
 
-def _combine(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
-    return left[0] * right[0], right[0] * left[1] + right[1]
-
-
 def _associative_scan(a: Array, u: Array) -> Array:
-    return lax.associative_scan(_combine, (a[..., None], u), axis=1)[1]
+    return scans.associative_scan(a[..., None], u)
 
 
 def _associative_scan_broadcast(a: Array, u: Array) -> Array:
     a = jnp.broadcast_to(a[..., None], u.shape)
-    return lax.associative_scan(_combine, (a, u), axis=1)[1]
+    return scans.associative_scan(a, u)
 
 
 def _sequential_scan(a: Array, u: Array) -> Array:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import targets
 from pallas_kernels.swr.mosaic_tpu import block_two_pass_heads_minor
+from swr_jax.benchmark import scans
 from swr_jax.benchmark.row_scan import row_scan
 
 TOKENS, HEADS, FEATURES = 65536, 128, 16
@@ -26,20 +27,16 @@ CHIPS = ("v5e", "v5p", "v6e")
 MODES = ("forward", "forward+backward")
 
 
-def _combine(left: tuple, right: tuple) -> tuple:
-    return left[0] * right[0], right[0] * left[1] + right[1]
-
-
 def associative_scan(a: jax.Array, u: jax.Array) -> jax.Array:
     """Exact recurrence over [B, T, D, H] by `jax.lax.associative_scan`."""
-    wide = (a[:, :, None].astype(jnp.float32), u.astype(jnp.float32))
-    return jax.lax.associative_scan(_combine, wide, axis=1)[1].astype(u.dtype)
+    a = a[:, :, None].astype(jnp.float32)
+    return scans.associative_scan(a, u.astype(jnp.float32)).astype(u.dtype)
 
 
 def associative_scan_repeated(a: jax.Array, u: jax.Array) -> jax.Array:
     """The same, with the decays repeated for each feature first."""
     a = jnp.broadcast_to(a[:, :, None].astype(jnp.float32), u.shape)
-    return jax.lax.associative_scan(_combine, (a, u.astype(jnp.float32)), axis=1)[1].astype(u.dtype)
+    return scans.associative_scan(a, u.astype(jnp.float32)).astype(u.dtype)
 
 
 def _kernel(lookback: int | None) -> Callable:

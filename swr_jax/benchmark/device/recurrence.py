@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from swr_jax.benchmark import timing, tpu_baselines
+from swr_jax.benchmark import scans, timing, tpu_baselines
 from swr_jax.benchmark.device import contest, platform, speed
 from swr_jax.benchmark.records import Session
 from swr_jax.ops import gated_sliding_window_recurrence, linear_recurrence
@@ -78,23 +78,19 @@ class Contestant:
     lookback: int | None
 
 
-def _combine(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
-    return left[0] * right[0], right[0] * left[1] + right[1]
-
-
 def _in_float32(scan: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
     return lambda a, u: scan(a.astype(jnp.float32), u.astype(jnp.float32)).astype(u.dtype)
 
 
 @_in_float32
 def _associative(a: Array, u: Array) -> Array:
-    return lax.associative_scan(_combine, (a[..., None], u), axis=1)[1]
+    return scans.associative_scan(a[..., None], u)
 
 
 @_in_float32
 def _associative_broadcast(a: Array, u: Array) -> Array:
     a = jnp.broadcast_to(a[..., None], u.shape)
-    return lax.associative_scan(_combine, (a, u), axis=1)[1]
+    return scans.associative_scan(a, u)
 
 
 @_in_float32
