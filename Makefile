@@ -24,6 +24,7 @@ EXTRAS ?= test
 PACKAGES ?=
 # Which of the tests run.
 SELECTION ?= not slow and not targets
+WITH_TARGETS = VENV=.venv-targets EXTRAS=test,targets SELECTION="targets and not slow"
 OLDEST := 0.11.2
 WITH_OLDEST = VENV=.venv-oldest EXTRAS=test,targets \
 	PACKAGES="$(addsuffix ==$(OLDEST),jax jaxlib jax-cuda13-plugin jax-cuda13-pjrt)"
@@ -50,8 +51,8 @@ test-all:
 
 # The compilers of other chips stay out of .venv: with them, plain `import jax` looks for a TPU.
 test-targets:
-	$(MAKE) test VENV=.venv-targets EXTRAS=test,targets SELECTION="targets and not slow" \
-		TESTS="tests/pallas_kernels tests/experiments/test_docs.py"
+	$(MAKE) test $(WITH_TARGETS) TESTS="tests/pallas_kernels tests/experiments/test_docs.py"
+	$(MAKE) test $(WITH_TARGETS) TESTS=tests/plans
 
 test-oldest:
 	$(MAKE) test $(WITH_OLDEST) SELECTION="not slow and not targets" \

@@ -35,7 +35,7 @@ def program():
         remat="full",
         dtype="bfloat16",
     )
-    devices = np.array(targets.devices("v5e", "4x4")).reshape(tuple(SIZES.values()))
+    devices = np.array(targets.devices("v5e", "4x4", kernels=False)).reshape(tuple(SIZES.values()))
     mesh = Mesh(devices, tuple(SIZES), axis_types=(AxisType.Auto,) * 4)
     model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
     definition, parameters = nnx.split(model)
