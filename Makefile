@@ -52,7 +52,7 @@ test-all:
 # The compilers of other chips stay out of .venv: with them, plain `import jax` looks for a TPU.
 test-targets:
 	$(MAKE) test $(WITH_TARGETS) TESTS="tests/pallas_kernels tests/experiments/test_docs.py"
-	$(MAKE) test $(WITH_TARGETS) TESTS=tests/plans
+	$(MAKE) test $(WITH_TARGETS) TESTS=tests/programs
 
 test-oldest:
 	$(MAKE) test $(WITH_OLDEST) SELECTION="not slow and not targets" \

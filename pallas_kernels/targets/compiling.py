@@ -183,8 +183,8 @@ def devices(chip: str | Chip, topology: str | None = None, *, kernels: bool = Tr
         _require("jax_cuda13_plugin", "nvidia")
         return _gpu_devices(chip, topology or chip.topology)
     _require("libtpu")
-    _load_libtpu(kernels)
-    return _tpu_devices(chip, chip.topology if topology is None else f"{chip.name}:{topology}")
+    with _libtpu_told(kernels):
+        return _tpu_devices(chip, chip.topology if topology is None else f"{chip.name}:{topology}")
 
 
 def _trace(chip: Chip, fn: Callable[..., Any], shapes: tuple[Any, ...]) -> Any:
@@ -282,16 +282,23 @@ def _dumping(chip: Chip) -> Iterator[Callable[[], list[Path]]]:
     with tempfile.TemporaryDirectory(prefix="targets-") as name:
         variables = {"MOSAIC_GPU_DUMP_TO": name, "PATH": _path_with_cuda()}
         variables |= {f"MOSAIC_GPU_DUMP_{kind}": "1" for kind in _GPU_DUMPS}
-        before = {key: os.environ.get(key) for key in variables}
-        os.environ.update(variables)
-        try:
+        with _environment(variables):
             yield lambda: sorted(Path(name).iterdir())
-        finally:
-            for key, value in before.items():
-                if value is None:
-                    del os.environ[key]
-                else:
-                    os.environ[key] = value
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Sets variables for a while."""
+    before = {key: os.environ.get(key) for key in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
 
 
 def _path_with_cuda() -> str:
@@ -306,14 +313,17 @@ def _dumps_kernels(chip: Chip) -> bool:
     return chip.platform == "gpu" or _tpu_folder is not None
 
 
-def _load_libtpu(kernels: bool) -> None:
+@contextlib.contextmanager
+def _libtpu_told(kernels: bool) -> Iterator[None]:
     """Sets what libtpu reads when it is loaded, if it is not yet."""
     global _tpu_folder
     if _tpu_folder is not None or "libtpu.so" in Path("/proc/self/maps").read_text():
+        yield
         return
     for name, value in _TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not kernels:
+        yield
         return
     _tpu_folder = Path(tempfile.mkdtemp(prefix="targets-tpu-"))
     atexit.register(shutil.rmtree, _tpu_folder, ignore_errors=True)
@@ -321,4 +331,6 @@ def _load_libtpu(kernels: bool) -> None:
         f"--xla_jf_dump_to={_tpu_folder} --xla_jf_dump_llo_text=true --xla_jf_debug_level=2 "
         f"--xla_jf_dump_category_filter={_TPU_CATEGORIES}"
     )
-    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {options}".strip()
+    options = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {options}".strip()
+    with _environment({"LIBTPU_INIT_ARGS": options}):  # Not of processes that this one starts.
+        yield

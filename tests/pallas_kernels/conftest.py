@@ -7,7 +7,7 @@ import pytest
 def schedules_are_written(request):
     """libtpu is told when it is loaded, once per process, so at the first test that needs it.
 
-    Whole training steps would be written too, for minutes: plans have a process of their own.
+    It would write those of whole programs too, for minutes: they have a process of their own.
     """
     if request.node.get_closest_marker("targets") is not None:
         from pallas_kernels import targets
