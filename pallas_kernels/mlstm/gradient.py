@@ -42,7 +42,13 @@ class Passes(NamedTuple):
     backward: Options
 
 
-def differentiable(forward: Callable, backward: Callable, *, automatic: bool) -> Callable:
+def differentiable(
+    forward: Callable,
+    backward: Callable,
+    *,
+    automatic: bool,
+    on_device: Callable = lambda options, *_: options,
+) -> Callable:
     """Return solve(passes, q, k, v, log_i, log_f, state) -> (h, state), spread over devices.
 
     q, k [B, T, H, Dk] and v [B, T, H, Dv] are of any T, which is padded to whole chunks; log_i and
@@ -55,10 +61,13 @@ def differentiable(forward: Callable, backward: Callable, *, automatic: bool) ->
         backward: takes the same and the cotangents of h, C, n to those of q, k, v, of the rows
             (as `gates.gradient` takes them), of log carry, and of C, n.
         automatic: whether the compiler may split the call over batch and heads.
+        on_device: takes the options of the forward pass, and q and v as one device has them, to its
+            options there.
     """
 
     def run_forward(options, *arguments):
         q, k, v, log_i, log_f, memory, normalizer, stabilizer = arguments
+        options = on_device(options, q, v)
         gates = _prepare(options, q, log_i, log_f, stabilizer)
         time = q.shape[1]
         q, k, v = (_pad(x, options.chunk) for x in (q, k, v))
@@ -129,17 +138,18 @@ def entry_point(
     default: Any,
     *,
     automatic: bool,
+    **more: Callable,
 ) -> Callable:
     """Return chunkwise(q, k, v, log_i, log_f, state, *, ...) -> (h, state) of a backend.
 
     Args:
-        forward, backward, automatic: as `differentiable` takes them.
+        forward, backward, automatic, more: as `differentiable` takes them.
         chunk_lengths: takes (chunk_size, time, q_dim, v_dim, dtype, config) to the lengths of a
             chunk, in the forward and in the backward pass, that are nearest to what is wished for.
         check: takes (passes, q, k, v); raises NotImplementedError for what the kernels cannot do.
         default: the `TuningConfig` where a call names none.
     """
-    solve = differentiable(forward, backward, automatic=automatic)
+    solve = differentiable(forward, backward, automatic=automatic, **more)
 
     def chunkwise(
         q: Array,

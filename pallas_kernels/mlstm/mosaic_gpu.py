@@ -1,8 +1,9 @@
 """The chunkwise mLSTM on Hopper GPUs: the two passes that `gradient.differentiable` wants.
 
-The kernels are in modules of their own: `states` walks over the chunks, `outputs` has h, `rows` dq,
-`columns` dk and dv. The outputs need no more than a tile of scores at a time, so that the forward
-pass has longer chunks, and fewer states to write and to read, than the backward pass. Here is what
+The kernels are in modules of their own. Where sequences are enough to fill the chip, `fused` is the
+whole forward pass. Elsewhere `states` walks over the chunks and `outputs` has h, which needs no
+more than a tile of scores at a time, so that the forward pass has longer chunks, and fewer states
+to write and to read, than the backward pass: there `rows` has dq, `columns` dk and dv. Here is what
 calls them, and the way between the shapes of the caller and theirs: Dk and Dv are padded with zeros
 to multiples of 64.
 
@@ -19,12 +20,19 @@ import jax.numpy as jnp
 
 from pallas_kernels.mlstm import gates as rows_of
 from pallas_kernels.mlstm import mosaic_gpu_columns as columns
+from pallas_kernels.mlstm import mosaic_gpu_fused as fused
 from pallas_kernels.mlstm import mosaic_gpu_outputs as outputs
 from pallas_kernels.mlstm import mosaic_gpu_rows as rows
 from pallas_kernels.mlstm.gradient import entry_point
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import Problem
 from pallas_kernels.mlstm.mosaic_gpu_states import walk
-from pallas_kernels.mlstm.tuning import MULTIPROCESSORS, TILE, TuningConfig, suited_span
+from pallas_kernels.mlstm.tuning import (
+    LONGEST_CHUNK,
+    MULTIPROCESSORS,
+    TILE,
+    TuningConfig,
+    suited_span,
+)
 
 Array = jax.Array
 
@@ -44,7 +52,7 @@ class _Pass(NamedTuple):
         return self.slots(p) > 0
 
 
-_FORWARD = _Pass((256, 128, 64), lambda p: outputs.tiling(p)[1])
+_FORWARD = _Pass((LONGEST_CHUNK, 128, 64), lambda p: outputs.tiling(p)[1])
 _BACKWARD = _Pass((128, 64), lambda p: min(rows.gradient_slots(p), columns.gradient_slots(p)))
 
 
@@ -73,6 +81,20 @@ def chunk_lengths(
         return TILE
 
     return config.forward_chunk or longest(_FORWARD), config.chunk or longest(_BACKWARD)
+
+
+def on_device(options, q: Array, v: Array):
+    """Return the options of the forward pass for what one device has of the arrays.
+
+    Args:
+        options: `gradient.Options`.
+        q, v: as in `forward`, of any T.
+    """
+    if options.config.forward_chunk in (None, TILE):
+        one_walk = options._replace(chunk=TILE)
+        if fused.tiling(_problem(one_walk, q, v), _multiprocessors()):
+            return one_walk
+    return options
 
 
 def check(passes, q: Array, k: Array, v: Array) -> None:
@@ -135,6 +157,15 @@ def forward(
     """
     _check(_FORWARD, options, q, k, v)
     call = _Call(options, q, v)
+    if options.chunk == TILE and (tiling := fused.tiling(call.problem, _multiprocessors())):
+        h, *last = fused.forward(
+            call.problem,
+            tiling,
+            *(call.pad_q(q), call.pad_q(k), call.pad_v(v)),
+            *(call.by_chunk(gates), carry.reshape(-1)),
+            *call.pad_state(memory, normalizer),
+        )
+        return h[..., : v.shape[-1]], *call.last_state(*last)
     found = call.states("mlstm_states_forward", k, v, gates, carry, memory, normalizer)
     padded = (call.pad_q(q), call.pad_q(k), call.pad_v(v))
     h = outputs.outputs(call.problem, *padded, call.by_chunk(gates), *found[:2])
@@ -196,7 +227,15 @@ def backward(
     )
 
 
-chunkwise = entry_point(forward, backward, chunk_lengths, check, TuningConfig(), automatic=True)
+chunkwise = entry_point(
+    forward,
+    backward,
+    chunk_lengths,
+    check,
+    TuningConfig(),
+    automatic=True,
+    on_device=on_device,
+)
 
 
 class _Call:

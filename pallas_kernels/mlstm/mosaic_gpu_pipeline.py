@@ -446,6 +446,15 @@ def opaque(x: Array) -> Array:
     return lax.optimization_barrier(x)
 
 
+def untyped(x: Array) -> Array:
+    """Return x with the type of what is computed here.
+
+    Under `shard_map` what is loaded from an argument varies over the mesh, by its type, but what is
+    computed from it inside a kernel does not; and a loop's state must keep its type.
+    """
+    return x * jnp.float32(1)
+
+
 def afresh(ref: Ref, index: Array | int = 0) -> Ref:
     """A part of shared memory, whose address is not kept in registers."""
     return ref.at[opaque(jnp.int32(index))]

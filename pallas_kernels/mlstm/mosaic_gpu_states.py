@@ -34,6 +34,7 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     product,
     store_directly,
     transposed,
+    untyped,
     vectors,
     warpgroups,
 )
@@ -157,8 +158,8 @@ def walk(
                 plgpu.copy_gmem_to_smem(source, staging.at[group], fetched.at[group])
 
             zeros = plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.float32), MATRIX)
-            state = _untyped(load_matrix(memory_gmem.at[sequence, own, columns]))
-            vector = _untyped(load_rows(normalizer_gmem.at[sequence, own]))
+            state = untyped(load_matrix(memory_gmem.at[sequence, own, columns]))
+            vector = untyped(load_rows(normalizer_gmem.at[sequence, own]))
             if ratios is None:
                 ones_smem[group] = (zeros + 1).astype(p.dtype)
             if backward:
@@ -242,12 +243,3 @@ def walk(
     ]
     grid = {"v_block": v_blocks, "q_block": p.q_dim // q_tile, "head": p.heads, "batch": p.batch}
     return launch(body, name, groups, outputs, scratch, **grid)(*inputs)
-
-
-def _untyped(x: Array) -> Array:
-    """Return x with the type of what is computed here.
-
-    Under `shard_map` what is loaded from an argument varies over the mesh, by its type, but what is
-    computed from it inside a kernel does not; and a loop's state must keep its type.
-    """
-    return x * jnp.float32(1)

@@ -8,6 +8,7 @@ TILE = 64
 SHARED_MEMORY = 232448 - 1792
 # Streaming multiprocessors of an H100 or H200 (SXM), where nothing says otherwise.
 MULTIPROCESSORS = 132
+LONGEST_CHUNK = 256  # of the forward pass, where states go through memory
 _MOST_CHUNKS = 8  # that a thread block does one after the other
 
 
@@ -18,6 +19,8 @@ class TuningConfig:
     Attributes:
         chunk: tokens of a chunk in the backward pass, 64 or 128; None: what suits the shape.
         forward_chunk: in the forward pass, 64, 128 or 256; None likewise.
+        fused: whether the forward pass is one walk, in chunks of 64, without states in memory, as
+            far as the state fits into registers; None: where sequences fill the chip.
         span: chunks that a thread block does one after the other, where chunks do not depend on
             each other; None: what suits the shape.
         q_tile: rows of the state, 64 or 128, that a thread block carries from chunk to chunk;
@@ -28,6 +31,7 @@ class TuningConfig:
 
     chunk: int | None = None
     forward_chunk: int | None = None
+    fused: bool | None = None
     span: int | None = None
     q_tile: int | None = None
     v_tile: int | None = None
@@ -38,6 +42,10 @@ class TuningConfig:
             raise ValueError(f"chunk={self.chunk}: must be 64, 128 or None")
         if self.forward_chunk not in (None, 64, 128, 256):
             raise ValueError(f"forward_chunk={self.forward_chunk}: must be 64, 128, 256 or None")
+        if self.fused and self.forward_chunk not in (None, TILE):
+            raise ValueError(
+                f"forward_chunk={self.forward_chunk}: must be {TILE} or None where fused is True"
+            )
         if self.span is not None and self.span < 1:
             raise ValueError(f"span={self.span}: must be at least 1 or None")
         if self.q_tile not in (None, 64, 128):

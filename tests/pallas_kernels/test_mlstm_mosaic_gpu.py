@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from simulation import simulated_gpu
 
-from pallas_kernels.mlstm import gates, mosaic_gpu
+from pallas_kernels.mlstm import gates, mosaic_gpu, mosaic_gpu_fused
 from pallas_kernels.mlstm.gradient import Options, Passes
+from pallas_kernels.mlstm.mosaic_gpu_pipeline import Problem
 from pallas_kernels.mlstm.tuning import TuningConfig, state_tiles, suited_span
 
 TESTS = Path(__file__).parents[1]
@@ -44,10 +45,10 @@ MATRIX = [
 ]
 
 
-def compare(length, heads, q_dim, v_dim, chunk, *, stabilized=True, normalized=True):
+def compare(length, heads, q_dim, v_dim, chunk, *, stabilized=True, normalized=True, fused=False):
     """Everything that the passes return, against the plain passes on the same rounded inputs.
 
-    Of chunks that only the forward pass has, what that returns.
+    Of chunks that only the forward pass has, or where it is one walk, what that returns.
     """
     rng = np.random.default_rng([length, heads, q_dim, v_dim])
 
@@ -74,16 +75,16 @@ def compare(length, heads, q_dim, v_dim, chunk, *, stabilized=True, normalized=T
         normalized=normalized,
         q_dim=q_dim,
     )
-    options = Options(chunk, stabilized, normalized, TuningConfig(span=2, slots=2))
+    options = Options(chunk, stabilized, normalized, TuningConfig(span=2, slots=2, fused=fused))
     given = (q, k, v, prepared.rows, prepared.carry, *state)
     with simulated_gpu():
         found = mosaic_gpu.forward(options, *given)
-        if chunk <= LONGEST_BACKWARD:
+        if backward := chunk <= LONGEST_BACKWARD and not fused:
             found += mosaic_gpu.backward(options, *given, dh, *dstate)
         jax.block_until_ready(found)
     expected = mlstm_passes.forward(options, *given)
     expected += mlstm_passes.backward(options, *given, dh, *dstate)
-    for name, got, wanted in zip(NAMES, found, expected, strict=chunk <= LONGEST_BACKWARD):
+    for name, got, wanted in zip(NAMES, found, expected, strict=backward):
         assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype), name
         got, wanted = (np.asarray(x, np.float64) for x in (got, wanted))
         assert np.isfinite(got).all(), name
@@ -112,6 +113,26 @@ def run(*arguments, **options):
 @pytest.mark.parametrize("sizes", QUICK)
 def test_results_and_every_gradient(sizes):
     run(*sizes)
+
+
+# One warpgroup with 64 columns of v; two with 128 each, and two blocks of columns.
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (192, 1, 40, 64, 64),
+        (192, 1, 128, 256, 64),
+        pytest.param((128, 2, 64, 512, 64), marks=pytest.mark.slow),
+        pytest.param((128, 1, 256, 128, 64), marks=pytest.mark.slow),
+    ],
+)
+def test_the_forward_pass_in_one_walk(sizes):
+    run(*sizes, fused=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"stabilized": False}, {"normalized": False}])
+def test_the_forward_pass_in_one_walk_with_other_gates(options):
+    run(192, 1, 64, 192, 64, fused=True, **{"stabilized": False} | options)
 
 
 @pytest.mark.slow
@@ -169,6 +190,10 @@ def test_a_long_chunk_is_for_the_forward_pass_alone():
     [
         ({"chunk": 96}, "chunk=96: must be 64, 128 or None"),
         ({"forward_chunk": 512}, "forward_chunk=512: must be 64, 128, 256 or None"),
+        (
+            {"forward_chunk": 128, "fused": True},
+            "forward_chunk=128: must be 64 or None where fused is True",
+        ),
         ({"span": 0}, "span=0: must be at least 1 or None"),
         ({"q_tile": 32}, "q_tile=32: must be 64, 128 or None"),
         ({"v_tile": 512}, "v_tile=512: must be 64, 128, 192, 256 or None"),
@@ -192,3 +217,26 @@ def test_state_tiles_fill_the_chip():
 def test_thread_blocks_share_chunks_until_the_chip_is_full(sequences, chunks, span):
     assert suited_span(sequences, chunks, 132) == span
     assert span == 1 or sequences * (chunks // span) >= 2 * 132
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wish", "found"),
+    [
+        ((8, 8192, 16, 128, 256), None, (128, 2)),
+        ((4, 8192, 16, 128, 256), None, (64, 2)),  # q and k read twice, by twice the thread blocks
+        ((1, 65536, 16, 128, 256), None, None),  # too few sequences
+        ((1, 65536, 16, 128, 256), True, (128, 2)),
+        ((8, 8192, 16, 128, 256), False, None),
+        ((8, 8192, 16, 320, 64), True, None),  # more than registers hold
+    ],
+)
+def test_the_forward_pass_is_one_walk_where_sequences_fill_the_chip(sizes, wish, found):
+    batch, time, heads, q_dim, v_dim = sizes
+    config = TuningConfig(fused=wish)
+    dtype = jnp.dtype(jnp.bfloat16)
+    problem = Problem(batch, time, heads, q_dim, v_dim, 64, True, dtype, config)
+    tiling = mosaic_gpu_fused.tiling(problem, 132)
+    assert (tiling and tiling[:2]) == found
+    q, v = (jax.ShapeDtypeStruct((batch, time, heads, x), dtype) for x in (q_dim, v_dim))
+    passed = Options(256, True, True, config)
+    assert mosaic_gpu.on_device(passed, q, v).chunk == (64 if found else 256)
