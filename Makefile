@@ -56,8 +56,10 @@ test-targets:
 
 test-oldest:
 	$(MAKE) test $(WITH_OLDEST) SELECTION="not slow and not targets" \
-		TESTS="tests/pallas_kernels tests/ops tests/nn tests/train/test_step.py \
-		tests/train/test_checkpoint.py"
+		TESTS="tests/pallas_kernels $(wildcard tests/ops/test_*_kernels.py \
+		tests/ops/test_*_transforms.py tests/ops/test_*_sharded.py) \
+		tests/nn/test_language_model.py tests/nn/test_phalanx_lane_order.py \
+		tests/train/test_step.py tests/train/test_checkpoint.py"
 	$(MAKE) test $(WITH_OLDEST) SELECTION="targets and not slow" \
 		PYTEST_ARGS="-k 'v5e or mosaic_gpu_compiles'" TESTS=tests/pallas_kernels
 

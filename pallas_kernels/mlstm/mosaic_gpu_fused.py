@@ -6,8 +6,8 @@ columns of C in registers, and computes h on the way, with the notation of `mosa
     h = (S v + g (q C)) / divisor,   C' = c C + k^T (a v),   n' = c n + k^T a
 
 q C is a product with a copy of C in 16 bits in shared memory. States do not go through memory: per
-token, head and block of columns the walk reads 2 Dk + W numbers and writes W. It multiplies
-64 (2 Dk + W) / 2 + 2 Dk W times (and each of two warpgroups 64 Dk times more for n and the scores).
+token, head and block of W columns the walk reads 2 Dk + W numbers and writes W. It multiplies
+64 W + 2 Dk W times, and in each warpgroup 72 Dk times more, for the scores and n.
 """
 
 from typing import Any, NamedTuple

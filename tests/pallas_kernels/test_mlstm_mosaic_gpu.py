@@ -97,7 +97,8 @@ def compare(length, heads, q_dim, v_dim, chunk, *, stabilized=True, normalized=T
 def run(*arguments, **options):
     """`compare` in a process of its own; see the module."""
     code = f"import test_mlstm_mosaic_gpu as t; t.compare(*{arguments!r}, **{options!r})"
-    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
+    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false "
+    flags += "--xla_backend_optimization_level=0"
     environment = os.environ | {
         "XLA_FLAGS": flags,
         "JAX_PLATFORMS": "cpu",
