@@ -36,7 +36,7 @@ EVERYONE, COMPUTING, LOADING = (0, 1, 2), (0, 1), (2,)
 
 
 def entries() -> tuple[Entry, ...]:
-    """Forward alone, and with the backward: two calls, as a gradient makes them."""
+    """Forward alone, and with the backward: two calls, as a gradient makes them; one sequence."""
     return _entry(False), _entry(True), _long_entry()
 
 
@@ -56,10 +56,8 @@ def _call(function, chunk: int):
 
 
 def _entry(backward: bool) -> Entry:
-    forward, gradient = (
-        _call(mosaic_gpu.forward, FORWARD_CHUNK),
-        _call(mosaic_gpu.backward, CHUNK),
-    )
+    forward = _call(mosaic_gpu.forward, FORWARD_CHUNK)
+    gradient = _call(mosaic_gpu.backward, CHUNK)
     given, again = _given(BATCH, FORWARD_CHUNK), _given(BATCH, CHUNK)
     _, _, v, _, _, *state = given
 
