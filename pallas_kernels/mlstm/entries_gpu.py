@@ -1,11 +1,12 @@
 """The Hopper kernels of the mLSTM as the catalogue lists them, at published shapes.
 
 65,536 tokens at width 4,096, as arXiv 2503.14376 times them: 16 heads, Dk 128, Dv 256, bfloat16; as
-eight sequences, and forward as a single one, too few for one walk to fill the chip.
+eight sequences, and as a single one, too few for walks over whole states to fill the chip.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.catalogue import Budget, Entry, default_budget
 from pallas_kernels.mlstm import mosaic_gpu
 from pallas_kernels.mlstm.gradient import Options
+from pallas_kernels.mlstm.mosaic_gpu_fused_backward import GROUP
 from pallas_kernels.mlstm.tuning import (
     LONGEST_CHUNK,
     MULTIPROCESSORS,
@@ -23,7 +25,7 @@ from pallas_kernels.mlstm.tuning import (
 from pallas_kernels.targets import Chip, Launch
 
 BATCH, TIME, HEADS, Q_DIM, V_DIM = 8, 8192, 16, 128, 256
-FORWARD_CHUNK, CHUNK = TILE, 128  # one walk forward
+CHUNK = 128  # of the backward pass where states go through memory
 SEQUENCES = BATCH * HEADS
 TOKENS = SEQUENCES * TIME
 DTYPE = jnp.bfloat16
@@ -32,12 +34,14 @@ V_BYTES = TOKENS * V_DIM * 2  # of v or h
 STATE_BYTES = TOKENS * Q_DIM * V_DIM * 2  # of C, divided by the chunk: between chunks
 GATE_BYTES = TOKENS * 4  # of a row of gates
 FORWARD_BYTES = 2 * Q_BYTES + 2 * V_BYTES + 8 * GATE_BYTES
+# q, k, v, dh and the gates, then the gradients of the first three and the gates.
+BACKWARD_BYTES = 4 * Q_BYTES + 3 * V_BYTES + 12 * GATE_BYTES
 EVERYONE, COMPUTING, LOADING = (0, 1, 2), (0, 1), (2,)
 
 
 def entries() -> tuple[Entry, ...]:
-    """Forward alone, and with the backward: two calls, as a gradient makes them; one sequence."""
-    return _entry(False), _entry(True), _long_entry()
+    """Forward alone, and with the backward: two calls, as a gradient makes them."""
+    return tuple(make(backward) for make in (_published, _single) for backward in (False, True))
 
 
 def _given(batch: int, chunk: int) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -55,61 +59,75 @@ def _call(function, chunk: int):
     return functools.partial(function, Options(chunk, True, True, TuningConfig()))
 
 
-def _entry(backward: bool) -> Entry:
-    forward = _call(mosaic_gpu.forward, FORWARD_CHUNK)
-    gradient = _call(mosaic_gpu.backward, CHUNK)
-    given, again = _given(BATCH, FORWARD_CHUNK), _given(BATCH, CHUNK)
+def _entry(batch: int, chunks: tuple[int, int], backward: bool, **more: Any) -> Entry:
+    forward, gradient = (
+        _call(function, chunk)
+        for function, chunk in zip((mosaic_gpu.forward, mosaic_gpu.backward), chunks, strict=True)
+    )
+    given, again = (_given(batch, chunk) for chunk in chunks)
     _, _, v, _, _, *state = given
 
     def both(dh, dmemory, dnormalizer, *arguments):
         first, second = arguments[: len(given)], arguments[len(given) :]
         return forward(*first), gradient(*second, dh, dmemory, dnormalizer)
 
-    minimum = FORWARD_BYTES
-    moved = minimum
-    flops = _products(FORWARD_CHUNK, states=1, scores=1, outputs=1, reads=1)
-    if backward:
-        # q, k, v, dh and the gates, then the gradients of the first three and the gates.
-        minimum += 4 * Q_BYTES + 3 * V_BYTES + 12 * GATE_BYTES
-        states = STATE_BYTES // CHUNK
-        walk = Q_BYTES + V_BYTES + states
-        moved += walk  # The states once more.
-        moved += 3 * Q_BYTES + 2 * V_BYTES + states + 13 * GATE_BYTES  # The rows.
-        moved += walk + states + 2 * GATE_BYTES  # Cotangents of the states, times these.
-        moved += 3 * Q_BYTES + 3 * V_BYTES + states + 15 * GATE_BYTES  # The columns.
-        flops += _products(CHUNK, states=2, scores=4, outputs=3, reads=3)
-
-    # In the backward pass states go through memory, and the chunks read all once more.
-    ratio = 2.4 if backward else 1.1
     return Entry(
-        name="mlstm/published/" + ("forward+backward" if backward else "forward"),
         platform="gpu",
         build=lambda _: (both, (v, *state, *given, *again)) if backward else (forward, given),
-        bytes_minimum=minimum,
-        bytes_moved=moved,
-        launches=_launches(backward),
-        matrix_flops=flops,
+        bytes_minimum=FORWARD_BYTES + backward * BACKWARD_BYTES,
         chips=("h100", "h200"),
-        budget=functools.partial(_budget, ratio, backward),
+        **more,
     )
 
 
-def _budget(ratio: float, backward: bool, chip: Chip) -> Budget:
-    # What JAX 0.11 makes of the states' backward spills 16 bytes, and loads them again.
-    spill = 32 if backward and jax.__version_info__ < (0, 12) else 0
+def _budget(ratio: float, spill: int, chip: Chip) -> Budget:
     return dataclasses.replace(
         default_budget(chip), spill=spill, bytes_ratio=ratio, floor_ratio=ratio
     )
 
 
-def _long_entry() -> Entry:
+def _published(backward: bool) -> Entry:
+    """Walks with the states in registers: one forward, two for the gradient."""
+    tokens = TILE * (Q_DIM + V_DIM) * 2
+    moved = FORWARD_BYTES
+    flops = _products(TILE, states=1, scores=1, outputs=1, reads=1)
+    # A part of a kernel's name must be in no other's.
+    launches = [_walk("mlstm_fused_forward", TIME, TILE, 2 * (tokens + TILE * Q_DIM * 2))]
+    if backward:
+        states = STATE_BYTES // (GROUP * TILE)
+        moved += 3 * Q_BYTES + 2 * V_BYTES + states + 13 * GATE_BYTES  # The rows.
+        moved += 3 * Q_BYTES + 3 * V_BYTES + states + 14 * GATE_BYTES  # The columns.
+        flops += _products(TILE, states=2, scores=4, outputs=3, reads=3)
+        launches += [
+            _walk(f"mlstm_fused_{name}", TIME, TILE, 2 * 2 * tokens) for name in ("rows", "columns")
+        ]
+    # Nothing but a few states is read twice in a pass. What the walks of the gradient spill is a
+    # hundredth of their instructions.
+    ratio, spill = (1.55, 256) if backward else (1.1, 0)
+    return _entry(
+        BATCH,
+        (TILE, TILE),
+        backward,
+        name=f"mlstm/published/{_name(backward)}",
+        bytes_moved=moved,
+        launches=tuple(launches),
+        matrix_flops=flops,
+        budget=functools.partial(_budget, ratio, spill),
+    )
+
+
+def _name(backward: bool) -> str:
+    return "forward+backward" if backward else "forward"
+
+
+def _single(backward: bool) -> Entry:
     """One sequence, whose chunks are spread over the chip: their states go through memory."""
     time, chunk = BATCH * TIME, LONGEST_CHUNK
     # A thread block walks with 64 x 64 numbers of the state, so k is read four times and v twice.
     # The rows of a chunk's second half read k, v and C again, which the same thread block has read
     # 192 KB before: 132 of them have 25 MB of the 50 that the second cache holds.
-    states = STATE_BYTES // chunk
-    moved = 4 * Q_BYTES + 2 * V_BYTES + states
+    walk, states = 4 * Q_BYTES + 2 * V_BYTES, STATE_BYTES // chunk
+    moved = walk + states
     moved += 2 * Q_BYTES + 2 * V_BYTES + states + 9 * GATE_BYTES
     # Two turns of 128 rows for each chunk: two tiles of tokens in the first, four in the second.
     # The warpgroup with the later rows adds them all, the other one waits for the last.
@@ -121,27 +139,40 @@ def _long_entry() -> Entry:
         bytes_in_flight=3 * TILE * (Q_DIM + V_DIM) * 2,
         warpgroups=[EVERYONE, *[COMPUTING] * 3, *[LOADING] * 6],
     )
-    walk = _walk("mlstm_states_forward", time, chunk, 4 * TILE * (64 + 64) * 2, alone=True)
-    return Entry(
-        name="mlstm/long/forward",
-        platform="gpu",
-        build=lambda _: (_call(mosaic_gpu.forward, chunk), _given(1, chunk)),
-        bytes_minimum=FORWARD_BYTES,
+    in_flight = 4 * TILE * (64 + 64) * 2
+    launches = [outputs, _walk("mlstm_states_forward", time, chunk, in_flight, alone=True)]
+    flops = _products(chunk, states=1, scores=1, outputs=1, reads=1)
+    ratio, spill = 2.7, 0
+    if backward:
+        states = STATE_BYTES // CHUNK
+        moved += walk + states  # The states once more.
+        moved += 3 * Q_BYTES + 2 * V_BYTES + states + 13 * GATE_BYTES  # The rows.
+        moved += walk + 2 * states + 2 * GATE_BYTES  # Cotangents of the states, times these.
+        moved += 3 * Q_BYTES + 3 * V_BYTES + states + 15 * GATE_BYTES  # The columns.
+        flops += _products(CHUNK, states=2, scores=4, outputs=3, reads=3)
+        launches += _by_chunk(time, in_flight)
+        ratio = 3.7
+        # What JAX 0.11 makes of the states' backward spills 16 bytes, and loads them again.
+        spill = 32 if jax.__version_info__ < (0, 12) else 0
+    return _entry(
+        1,
+        (chunk, CHUNK),
+        backward,
+        name=f"mlstm/long/{_name(backward)}",
         bytes_moved=moved,
-        launches=(outputs, walk),
-        matrix_flops=_products(chunk, states=1, scores=1, outputs=1, reads=1),
-        chips=("h100", "h200"),
-        budget=functools.partial(_budget, 2.7, False),
+        launches=tuple(launches),
+        matrix_flops=flops,
+        budget=functools.partial(_budget, ratio, spill),
     )
 
 
-def _launches(backward: bool) -> tuple[Launch, ...]:
-    """What the kernels do in their loops, as the compiler orders these.
+def _by_chunk(time: int, in_flight: int) -> list[Launch]:
+    """What the kernels of the backward pass do in their loops, as the compiler orders these.
 
     A warpgroup's chunks with the tiles in each, the loader's, and what it waits for in the end. The
     first loop of each kernel zeroes the barriers.
     """
-    span = suited_span(SEQUENCES, TIME // CHUNK, MULTIPROCESSORS)
+    span = suited_span(HEADS, time // CHUNK, MULTIPROCESSORS)
     tiles, tile_bytes = V_DIM // TILE, CHUNK * TILE * 2
 
     def by_span(kernel: str, compute: int, load: int, in_flight: int) -> Launch:
@@ -150,18 +181,12 @@ def _launches(backward: bool) -> tuple[Launch, ...]:
         groups = [EVERYONE] + [COMPUTING] * (1 + compute) + [LOADING] * (5 + load)
         return Launch(kernel, trips, bytes_in_flight=in_flight, warpgroups=groups)
 
-    tokens = TILE * (Q_DIM + V_DIM) * 2
-    # A part of a kernel's name must be in no other's.
-    forward = _walk("mlstm_fused_forward", TIME, TILE, 2 * TILE * (2 * Q_DIM + V_DIM) * 2)
-    if not backward:
-        return (forward,)
-    return (
-        forward,
-        _walk("mlstm_states_again", TIME, CHUNK, 3 * tokens),
-        _walk("mlstm_states_backward", TIME, CHUNK, 2 * tokens),
+    return [
+        _walk("mlstm_states_again", time, CHUNK, in_flight, alone=True),
+        _walk("mlstm_states_backward", time, CHUNK, in_flight, alone=True),
         by_span("mlstm_rows_gradient", 1, 1, 3 * 3 * tile_bytes),
         by_span("mlstm_columns_gradient", 3, 3, 2 * 3 * tile_bytes),
-    )
+    ]
 
 
 def _walk(kernel: str, time: int, chunk: int, in_flight: int, *, alone: bool = False) -> Launch:

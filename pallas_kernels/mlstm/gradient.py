@@ -47,7 +47,7 @@ def differentiable(
     backward: Callable,
     *,
     automatic: bool,
-    on_device: Callable = lambda options, *_: options,
+    on_device: Callable = lambda passes, *_: passes,
 ) -> Callable:
     """Return solve(passes, q, k, v, log_i, log_f, state) -> (h, state), spread over devices.
 
@@ -61,13 +61,12 @@ def differentiable(
         backward: takes the same and the cotangents of h, C, n to those of q, k, v, of the rows
             (as `gates.gradient` takes them), of log carry, and of C, n.
         automatic: whether the compiler may split the call over batch and heads.
-        on_device: takes the options of the forward pass, and q and v as one device has them, to its
-            options there.
+        on_device: takes `Passes`, and q and v as one device has them, to what they are there.
     """
 
-    def run_forward(options, *arguments):
+    def run_forward(passes, *arguments):
         q, k, v, log_i, log_f, memory, normalizer, stabilizer = arguments
-        options = on_device(options, q, v)
+        options = on_device(passes, q, v).forward
         gates = _prepare(options, q, log_i, log_f, stabilizer)
         time = q.shape[1]
         q, k, v = (_pad(x, options.chunk) for x in (q, k, v))
@@ -76,9 +75,10 @@ def differentiable(
         )
         return h[:, :time], memory, normalizer, gates.stabilizer
 
-    def run_backward(options, *arguments):
+    def run_backward(passes, *arguments):
         q, k, v, log_i, log_f, memory, normalizer, stabilizer = arguments[:8]
         dh, dmemory, dnormalizer, dstabilizer = arguments[8:]
+        options = on_device(passes, q, v).backward
         gates = _prepare(options, q, log_i, log_f, stabilizer)
         time = q.shape[1]
         q, k, v, dh = (_pad(x, options.chunk) for x in (q, k, v, dh))
@@ -103,7 +103,7 @@ def differentiable(
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def solve(passes: Passes, q, k, v, log_i, log_f, state: State) -> tuple[Array, State]:
         given = (q, k, v, log_i, log_f, *state)
-        pass_ = functools.partial(run_forward, passes.forward)
+        pass_ = functools.partial(run_forward, passes)
         h, *state = run(pass_, given, _ARGUMENTS, ("bthd", *_STATE))
         return h, tuple(state)
 
@@ -119,7 +119,7 @@ def differentiable(
         dm = jnp.zeros_like(state[2])
         if final is not None:
             dm = dstate[2] - inner(dstate, final)
-        pass_ = functools.partial(run_backward, passes.backward)
+        pass_ = functools.partial(run_backward, passes)
         given = (*arrays, *state, dh, *dstate[:2], dm)
         axes = (*_ARGUMENTS, "bthd", *_STATE)
         *gradients, dmemory, dnormalizer, dm = run(pass_, given, axes, _ARGUMENTS)

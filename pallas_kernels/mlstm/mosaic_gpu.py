@@ -1,11 +1,11 @@
 """The chunkwise mLSTM on Hopper GPUs: the two passes that `gradient.differentiable` wants.
 
 The kernels are in modules of their own. Where sequences are enough to fill the chip, `fused` is the
-whole forward pass. Elsewhere `states` walks over the chunks and `outputs` has h, which needs no
-more than a tile of scores at a time, so that the forward pass has longer chunks, and fewer states
-to write and to read, than the backward pass: there `rows` has dq, `columns` dk and dv. Here is what
-calls them, and the way between the shapes of the caller and theirs: Dk and Dv are padded with zeros
-to multiples of 64.
+whole forward pass and `fused_backward` the other one. Elsewhere `states` walks over the chunks and
+`outputs` has h, which needs no more than a tile of scores at a time, so that the forward pass has
+longer chunks, and fewer states to write and to read, than the backward pass: there `rows` has dq,
+`columns` dk and dv. Here is what calls them, and the way between the shapes of the caller and
+theirs: Dk and Dv are padded with zeros to multiples of 64.
 
 Products are of bfloat16 numbers, with sums in float32; gates, weights, scores and n are float32.
 The states between the chunks go through memory in bfloat16.
@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from pallas_kernels.mlstm import gates as rows_of
 from pallas_kernels.mlstm import mosaic_gpu_columns as columns
 from pallas_kernels.mlstm import mosaic_gpu_fused as fused
+from pallas_kernels.mlstm import mosaic_gpu_fused_backward as fused_backward
 from pallas_kernels.mlstm import mosaic_gpu_outputs as outputs
 from pallas_kernels.mlstm import mosaic_gpu_rows as rows
-from pallas_kernels.mlstm.gradient import entry_point
+from pallas_kernels.mlstm.gradient import Passes, entry_point
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import Problem
 from pallas_kernels.mlstm.mosaic_gpu_states import walk
 from pallas_kernels.mlstm.tuning import (
@@ -83,18 +84,21 @@ def chunk_lengths(
     return config.forward_chunk or longest(_FORWARD), config.chunk or longest(_BACKWARD)
 
 
-def on_device(options, q: Array, v: Array):
-    """Return the options of the forward pass for what one device has of the arrays.
+def on_device(passes: Passes, q: Array, v: Array) -> Passes:
+    """Return the options of the passes for what one device has of the arrays.
 
     Args:
-        options: `gradient.Options`.
+        passes: as they were chosen by the size of a head.
         q, v: as in `forward`, of any T.
     """
-    if options.config.forward_chunk in (None, TILE):
-        one_walk = options._replace(chunk=TILE)
-        if fused.tiling(_problem(one_walk, q, v), _multiprocessors()):
-            return one_walk
-    return options
+    forward, backward = passes
+    config, multiprocessors = forward.config, _multiprocessors()
+    in_tiles = _problem(forward._replace(chunk=TILE), q, v)
+    if config.forward_chunk in (None, TILE) and fused.tiling(in_tiles, multiprocessors):
+        forward = forward._replace(chunk=TILE)
+    if config.chunk in (None, TILE) and fused_backward.suits(in_tiles, multiprocessors):
+        backward = backward._replace(chunk=TILE)
+    return Passes(forward, backward)
 
 
 def check(passes, q: Array, k: Array, v: Array) -> None:
@@ -197,9 +201,26 @@ def backward(
     _check(_BACKWARD, options, q, k, v)
     call = _Call(options, q, v)
     p = call.problem
+    q_dim, v_dim = memory.shape[-2:]
+    dh = dh.astype(v.dtype)
+    if options.chunk == TILE and fused_backward.suits(p, _multiprocessors()):
+        dq, dk, dv, dgates, dcarry, *last = fused_backward.gradient(
+            p,
+            *(call.pad_q(q), call.pad_q(k), call.pad_v(v)),
+            *(call.by_chunk(gates), carry.reshape(-1)),
+            *call.pad_state(memory, normalizer),
+            call.pad_v(dh),
+            *call.pad_state(dmemory, dnormalizer),
+        )
+        return (
+            *(dq[..., :q_dim], dk[..., :q_dim], dv[..., :v_dim]),
+            dgates.reshape(*gates.shape[:3], *dgates.shape[1:]),
+            dcarry.reshape(carry.shape),
+            *call.last_state(*last),
+        )
     arguments = k, v, gates, carry, memory, normalizer
     memories, normalizers, *_ = call.states("mlstm_states_again", *arguments)
-    q, k, v, dh = call.pad_q(q), call.pad_q(k), call.pad_v(v), call.pad_v(dh.astype(v.dtype))
+    q, k, v, dh = call.pad_q(q), call.pad_q(k), call.pad_v(v), call.pad_v(dh)
     by_chunk = call.by_chunk(gates)
     dq, told, d_row = rows.gradient(p, q, k, v, by_chunk, memories, normalizers, dh)
     dmemories, dnormalizers, *last, inner = walk(
@@ -218,7 +239,6 @@ def backward(
 
     inner = jnp.sum(inner, axis=(1, 2)) + jnp.sum(dnormalizers * normalizers, axis=1)
     dgates = jnp.concatenate([d_row[:, None], d_columns], axis=1)
-    q_dim, v_dim = memory.shape[-2:]
     return (
         *(dq[..., :q_dim], dk[..., :q_dim], dv[..., :v_dim]),
         dgates.reshape(*gates.shape[:3], *dgates.shape[1:]),

@@ -81,7 +81,8 @@ class Problem:
 
 def matrices(*shape: int, dtype: jnp.dtype) -> plgpu.SMEM:
     """Shared memory for matrices (the last two axes) as the tensor cores read them."""
-    transforms = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
+    columns = min(TILE, shape[-1])
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
@@ -137,6 +138,12 @@ def free_barriers(slots: int, groups: int) -> plgpu.Barrier:
 def full_barriers(slots: int, copies: int = 1) -> plgpu.Barrier:
     """Scratch for the barriers at which so many copies arrive for each slot."""
     return plgpu.Barrier(num_arrivals=copies, num_barriers=slots)
+
+
+def meet(barrier: Ref) -> None:
+    """Wait until every warpgroup that computes has come here; what they stored is seen by all."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
 
 
 def load_own(source: Callable[[int], Ref], target: Ref, barrier: Ref, groups: int) -> None:
@@ -344,13 +351,13 @@ def where(mask: Array, x: Array) -> Array:
 class Weights:
     """The weights A of a warpgroup's 64 rows i, or 64 columns j, and their places.
 
-    The warpgroup's own tokens are the rows of matrices [64, 64], one for each tile of the chunk's
-    tokens.
+    The warpgroup's own tokens are the rows of matrices [64, width], one for each tile of so many of
+    the chunk's tokens.
     """
 
-    def __init__(self, gates: Ref, group: Array, *, own_columns: bool):
+    def __init__(self, gates: Ref, group: Array, *, own_columns: bool, width: int = TILE):
         self.gates, self.group, self.own_columns = gates, group, own_columns
-        self.own = pl.ds(group * TILE, TILE)
+        self.own, self.width = pl.ds(group * TILE, TILE), width
 
     def own_row(self, name: int) -> Array:
         """A row of the gates for the warpgroup's own tokens."""
@@ -358,13 +365,13 @@ class Weights:
 
     def _places(self, tile: int) -> tuple[Array, Array]:
         """The warpgroup's own tokens, and those of a tile, within the chunk, over a matrix."""
-        like = jnp.zeros((TILE, TILE), jnp.int32)
+        like = jnp.zeros((TILE, self.width), jnp.int32)
         own, token = (
-            opaque(plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=layout))
-            for layout in (ROW, COLUMN)
+            opaque(plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout))
+            for size, layout in ((TILE, ROW), (self.width, COLUMN))
         )
         own = over_rows(own + self.group * TILE, like)
-        return own, over_columns(token + tile * TILE, like)
+        return own, over_columns(token + tile * self.width, like)
 
     def seen(self, tile: int) -> Array:
         """Where j < i."""
@@ -380,7 +387,8 @@ class Weights:
         """rows[row]_i - rows[column]_j."""
         own, other = (column, row) if self.own_columns else (row, column)
         x = over_rows(self.own_row(own), like)
-        y = over_columns(load_columns(self.gates.at[other, tile_of(tile)]), like)
+        columns = self.gates.at[other, pl.ds(tile * self.width, self.width)]
+        y = over_columns(load_columns(columns), like)
         return y - x if self.own_columns else x - y
 
     def matrix(self, tile: int) -> Array:
@@ -395,9 +403,9 @@ class Weights:
         return jnp.where(reads, a, jnp.zeros_like(a))
 
 
-def tiles_of(x: Array) -> list[Array]:
-    """Cut a matrix [64, N] into tiles of 64 columns."""
-    return [x[:, first : first + TILE] for first in range(0, x.shape[1], TILE)]
+def tiles_of(x: Array, width: int = TILE) -> list[Array]:
+    """Cut a matrix [64, N] into tiles of so many columns."""
+    return [x[:, first : first + width] for first in range(0, x.shape[1], width)]
 
 
 def warpgroups(groups: int, compute: Callable[[Array], None], load: Callable[[], None]) -> None:

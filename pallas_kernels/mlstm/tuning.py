@@ -19,7 +19,7 @@ class TuningConfig:
     Attributes:
         chunk: tokens of a chunk in the backward pass, 64 or 128; None: what suits the shape.
         forward_chunk: in the forward pass, 64, 128 or 256; None likewise.
-        fused: whether the forward pass is one walk, in chunks of 64, without states in memory, as
+        fused: whether the forward pass is one walk and the backward pass two, in chunks of 64, as
             far as the state fits into registers; None: where sequences fill the chip.
         span: chunks that a thread block does one after the other, where chunks do not depend on
             each other; None: what suits the shape.
@@ -42,10 +42,10 @@ class TuningConfig:
             raise ValueError(f"chunk={self.chunk}: must be 64, 128 or None")
         if self.forward_chunk not in (None, 64, 128, 256):
             raise ValueError(f"forward_chunk={self.forward_chunk}: must be 64, 128, 256 or None")
-        if self.fused and self.forward_chunk not in (None, TILE):
-            raise ValueError(
-                f"forward_chunk={self.forward_chunk}: must be {TILE} or None where fused is True"
-            )
+        for name in ("chunk", "forward_chunk"):
+            chunk = getattr(self, name)
+            if self.fused and chunk not in (None, TILE):
+                raise ValueError(f"{name}={chunk}: must be {TILE} or None where fused is True")
         if self.span is not None and self.span < 1:
             raise ValueError(f"span={self.span}: must be at least 1 or None")
         if self.q_tile not in (None, 64, 128):

@@ -24,6 +24,7 @@ def test_within_budget_at_the_published_shape():
         "mlstm/published/forward",
         "mlstm/published/forward+backward",
         "mlstm/long/forward",
+        "mlstm/long/forward+backward",
     }
     for report, broken in results:
         assert broken == [], report.name
@@ -47,7 +48,19 @@ def test_other_heads_compile(sizes):
     assert {kernel.name for kernel in compiled(sizes, chunk, True).kernels} == KERNELS
 
 
-def compiled(sizes, chunk, normalized):
+@pytest.mark.parametrize(
+    ("sizes", "spills"), [((2, 128, 2, 64, 64), 0), ((1, 192, 2, 128, 128), 32)]
+)
+def test_walks_over_other_heads_compile(sizes, spills):
+    report = compiled(sizes, 64, True, fused=True)
+    assert {kernel.name for kernel in report.kernels} == {
+        f"mlstm_fused_{name}" for name in ("forward", "rows", "columns")
+    }
+    for kernel in report.kernels:
+        assert kernel.spills <= spills, kernel.name
+
+
+def compiled(sizes, chunk, normalized, fused=None):
     batch, time, heads, q_dim, v_dim = sizes
     q = jax.ShapeDtypeStruct((batch, time, heads, q_dim), jnp.bfloat16)
     v = jax.ShapeDtypeStruct((batch, time, heads, v_dim), jnp.bfloat16)
@@ -56,7 +69,7 @@ def compiled(sizes, chunk, normalized):
     carry = jax.ShapeDtypeStruct(chunks, jnp.float32)
     memory = jax.ShapeDtypeStruct((batch, heads, q_dim, v_dim), jnp.float32)
     normalizer = jax.ShapeDtypeStruct((batch, heads, q_dim), jnp.float32)
-    options = Options(chunk, True, normalized, TuningConfig())
+    options = Options(chunk, True, normalized, TuningConfig(fused=fused))
 
     def both(dh, dmemory, dnormalizer, *arguments):
         cotangents = (dh, dmemory, dnormalizer)
