@@ -103,7 +103,7 @@ def _published(backward: bool) -> Entry:
         ]
     # Nothing but a few states is read twice in a pass. What the walks of the gradient spill is a
     # hundredth of their instructions.
-    ratio, spill = (1.55, 256) if backward else (1.1, 0)
+    ratio, spill = (1.55, 320) if backward else (1.1, 0)
     return _entry(
         BATCH,
         (TILE, TILE),

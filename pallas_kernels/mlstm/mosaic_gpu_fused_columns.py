@@ -156,6 +156,7 @@ def gradient(
             plgpu.commit_smem()
 
             one_smem[group] = jnp.float32(1)
+            plgpu.barrier_arrive(has_seen)  # There is nothing to see yet.
 
             def of_chunk(turn: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
                 step, own = opaque(turn), opaque(group)
@@ -212,10 +213,7 @@ def gradient(
                 )
                 a = weights.matrix(own) * row(INVERSE, own, half)
 
-                @pl.when(step > 0)
-                def _():
-                    plgpu.barrier_wait(has_seen)
-
+                plgpu.barrier_wait(has_seen)
                 halves[own] = (a * s).astype(p.dtype)
                 a *= x + row(RATIO, own, half)
                 seen = a.astype(p.dtype)
@@ -300,6 +298,7 @@ def gradient(
                 return state
 
             state = lax.fori_loop(0, p.chunks, of_chunk, state)
+            plgpu.barrier_wait(has_seen)
             for part, x in zip(parts, state, strict=True):
                 store_directly(first_memory.at[sequence, tile_of(part), columns(group)], x)
 
