@@ -82,8 +82,7 @@ def results_index():
 @pytest.mark.parametrize(
     "name",
     [
-        *("kernels_gpu", "kernels_tpu", "tpu_baselines", "mlstm_tpu_baselines"),
-        *("compare_mixers", "compare_ablations"),
+        *("kernels_gpu", "kernels_tpu", "tpu_baselines", "compare_mixers", "compare_ablations"),
         *("swap", "swax_recall", "compare_windows", "evaluate", "evaluate_full"),
         *("cpu_recurrence", "cpu_copy", "cpu_layers", "h100_targets"),
     ],
