@@ -121,7 +121,7 @@ def mlstm_tpu_baselines(record: dict, path: Path) -> None:
         axis.set_title(chip, fontsize=10)
         axis.set_xlabel("tokens T")
     axes[0].set_ylabel("milliseconds")
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     sizes = f"{mlstm_baselines.HEADS} heads of {mlstm_baselines.Q_DIM}, {mlstm_baselines.V_DIM}"
     title = f"mLSTM, predicted by the TPU's compiler, {mlstm_baselines.TOKENS} tokens, {sizes}"
     save(figure, f"{title}, bfloat16\n{predicted_by(record)}", path)
