@@ -161,19 +161,13 @@ def forward(
     """
     _check(_FORWARD, options, q, k, v)
     call = _Call(options, q, v)
-    if options.chunk == TILE and (tiling := fused.tiling(call.problem, _multiprocessors())):
-        h, *last = fused.forward(
-            call.problem,
-            tiling,
-            *(call.pad_q(q), call.pad_q(k), call.pad_v(v)),
-            *(call.by_chunk(gates), carry.reshape(-1)),
-            *call.pad_state(memory, normalizer),
-        )
-        return h[..., : v.shape[-1]], *call.last_state(*last)
-    found = call.states("mlstm_states_forward", k, v, gates, carry, memory, normalizer)
-    padded = (call.pad_q(q), call.pad_q(k), call.pad_v(v))
-    h = outputs.outputs(call.problem, *padded, call.by_chunk(gates), *found[:2])
-    return h[..., : v.shape[-1]], *call.last_state(*found[2:])
+    p, given = call.problem, call.arguments(q, k, v, gates, carry, memory, normalizer)
+    if options.chunk == TILE and (tiling := fused.tiling(p, _multiprocessors())):
+        h, *last = fused.forward(p, tiling, *given)
+    else:
+        memories, normalizers, *last = _states(p, "mlstm_states_forward", *given[1:])
+        h = outputs.outputs(p, *given[:4], memories, normalizers)
+    return h[..., : v.shape[-1]], *call.last_state(*last)
 
 
 def backward(
@@ -201,48 +195,18 @@ def backward(
     _check(_BACKWARD, options, q, k, v)
     call = _Call(options, q, v)
     p = call.problem
-    q_dim, v_dim = memory.shape[-2:]
-    dh = dh.astype(v.dtype)
-    if options.chunk == TILE and fused_backward.suits(p, _multiprocessors()):
-        dq, dk, dv, dgates, dcarry, *last = fused_backward.gradient(
-            p,
-            *(call.pad_q(q), call.pad_q(k), call.pad_v(v)),
-            *(call.by_chunk(gates), carry.reshape(-1)),
-            *call.pad_state(memory, normalizer),
-            call.pad_v(dh),
-            *call.pad_state(dmemory, dnormalizer),
-        )
-        return (
-            *(dq[..., :q_dim], dk[..., :q_dim], dv[..., :v_dim]),
-            dgates.reshape(*gates.shape[:3], *dgates.shape[1:]),
-            dcarry.reshape(carry.shape),
-            *call.last_state(*last),
-        )
-    arguments = k, v, gates, carry, memory, normalizer
-    memories, normalizers, *_ = call.states("mlstm_states_again", *arguments)
-    q, k, v, dh = call.pad_q(q), call.pad_q(k), call.pad_v(v), call.pad_v(dh)
-    by_chunk = call.by_chunk(gates)
-    dq, told, d_row = rows.gradient(p, q, k, v, by_chunk, memories, normalizers, dh)
-    dmemories, dnormalizers, *last, inner = walk(
+    in_walks = options.chunk == TILE and fused_backward.suits(p, _multiprocessors())
+    dq, dk, dv, dgates, dcarry, *last = (fused_backward.gradient if in_walks else _gradient)(
         p,
-        q,
-        dh,
-        (told, rows.READ),
-        (told, rows.RATIO),
-        carry.reshape(-1),
+        *call.arguments(q, k, v, gates, carry, memory, normalizer),
+        call.pad_v(dh.astype(v.dtype)),
         *call.pad_state(dmemory, dnormalizer),
-        memories,
-        name="mlstm_states_backward",
-        multiprocessors=_multiprocessors(),
     )
-    dk, dv, d_columns = columns.gradient(p, q, k, v, by_chunk, told, dh, dmemories, dnormalizers)
-
-    inner = jnp.sum(inner, axis=(1, 2)) + jnp.sum(dnormalizers * normalizers, axis=1)
-    dgates = jnp.concatenate([d_row[:, None], d_columns], axis=1)
+    q_dim, v_dim = call.sizes
     return (
         *(dq[..., :q_dim], dk[..., :q_dim], dv[..., :v_dim]),
         dgates.reshape(*gates.shape[:3], *dgates.shape[1:]),
-        carry * inner.reshape(carry.shape),
+        dcarry.reshape(carry.shape),
         *call.last_state(*last),
     )
 
@@ -286,24 +250,56 @@ class _Call:
         normalizer = normalizer.reshape(p.batch, p.heads, p.q_dim)
         return memory[:, :, :q_dim, :v_dim], normalizer[:, :, :q_dim]
 
-    def by_chunk(self, gates: Array) -> Array:
-        """[B, H, N, 8, L] -> [B H N, 8, L]."""
-        return gates.reshape(-1, *gates.shape[3:])
-
-    def states(self, name, k, v, gates, carry, memory, normalizer) -> tuple[Array, ...]:
-        """C and n of every chunk, and those after the last."""
-        return walk(
-            self.problem,
-            self.pad_q(k),
-            self.pad_v(v),
-            (self.by_chunk(gates), rows_of.KEPT),
-            None,
-            carry.reshape(-1),
+    def arguments(self, q, k, v, gates, carry, memory, normalizer) -> tuple[Array, ...]:
+        """What `forward` takes, as its kernels do."""
+        return (
+            *(self.pad_q(q), self.pad_q(k), self.pad_v(v)),
+            *(gates.reshape(-1, *gates.shape[3:]), carry.reshape(-1)),
             *self.pad_state(memory, normalizer),
-            None,
-            name=name,
-            multiprocessors=_multiprocessors(),
         )
+
+
+def _states(p: Problem, name: str, k, v, gates, carry, memory, normalizer) -> tuple[Array, ...]:
+    """C and n of every chunk, and those after the last."""
+    return walk(
+        p,
+        k,
+        v,
+        (gates, rows_of.KEPT),
+        None,
+        carry,
+        memory,
+        normalizer,
+        None,
+        name=name,
+        multiprocessors=_multiprocessors(),
+    )
+
+
+def _gradient(
+    p: Problem, q, k, v, gates, carry, memory, normalizer, dh, dmemory, dnormalizer
+) -> tuple[Array, ...]:
+    """The same as `fused_backward.gradient`, with the states of all chunks in memory."""
+    given = k, v, gates, carry, memory, normalizer
+    memories, normalizers, *_ = _states(p, "mlstm_states_again", *given)
+    dq, told, d_row = rows.gradient(p, q, k, v, gates, memories, normalizers, dh)
+    dmemories, dnormalizers, *last, inner = walk(
+        p,
+        q,
+        dh,
+        (told, rows.READ),
+        (told, rows.RATIO),
+        carry,
+        dmemory,
+        dnormalizer,
+        memories,
+        name="mlstm_states_backward",
+        multiprocessors=_multiprocessors(),
+    )
+    dk, dv, d_columns = columns.gradient(p, q, k, v, gates, told, dh, dmemories, dnormalizers)
+    inner = jnp.sum(inner, axis=(1, 2)) + jnp.sum(dnormalizers * normalizers, axis=1)
+    dgates = jnp.concatenate([d_row[:, None], d_columns], axis=1)
+    return dq, dk, dv, dgates, carry * inner, *last
 
 
 def _pad(x: Array, axis: int, size: int) -> Array:

@@ -44,8 +44,9 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     untyped,
     vectors,
     warpgroups,
+    weighted_sum,
 )
-from pallas_kernels.mlstm.tuning import LONGEST_CHUNK, TILE, fitting_slots
+from pallas_kernels.mlstm.tuning import LONGEST_CHUNK, TILE, fills, fitting_slots
 
 Array = jax.Array
 Ref = jax.Ref
@@ -88,8 +89,10 @@ def tiling(p: Problem, multiprocessors: int) -> Tiling | None:
     apart = 3 * (p.q_dim + p.v_dim) + 2 * p.q_dim * p.v_dim // LONGEST_CHUNK
     for found in possible:
         blocks = p.v_dim // found.columns
-        full = p.sequences * blocks >= multiprocessors * 7 // 8
-        if full and 2 * (p.q_dim * blocks + p.v_dim) <= apart:
+        if (
+            fills(p.sequences * blocks, multiprocessors)
+            and 2 * (p.q_dim * blocks + p.v_dim) <= apart
+        ):
             return found
     return None
 
@@ -169,10 +172,8 @@ def forward(
                 staging[...] = over_columns(kept, zeros).astype(p.dtype)
                 plgpu.commit_smem()
 
-                # Its rows are alike, and so are the columns of products with them.
-                alike = transposed(staging.at[pl.ds(0, 8)])
                 vector = tuple(
-                    decay * n + jnp.max(product(transposed(own_k.at[:, part]), alike), axis=1)
+                    decay * n + weighted_sum(own_k.at[:, part], staging)
                     for part, n in zip(parts, vector, strict=True)
                 )
                 s = product(own_q, transposed(own_k)) * weights.matrix(0)

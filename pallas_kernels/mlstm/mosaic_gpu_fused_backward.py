@@ -14,7 +14,7 @@ from pallas_kernels.mlstm import gates as rows_of
 from pallas_kernels.mlstm import mosaic_gpu_fused_columns as columns
 from pallas_kernels.mlstm import mosaic_gpu_fused_rows as rows
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import WIDEST_PRODUCT, Problem
-from pallas_kernels.mlstm.tuning import TILE
+from pallas_kernels.mlstm.tuning import TILE, fills
 
 Array = jax.Array
 
@@ -30,7 +30,7 @@ def suits(p: Problem, multiprocessors: int) -> bool:
     if p.config.fused is False or p.q_dim > 2 * TILE or p.v_dim > WIDEST_PRODUCT:
         return False
     possible = p.v_dim % p.q_dim == 0 and min(rows.slots(p), columns.slots(p)) >= 2
-    return possible and bool(p.config.fused or p.sequences >= multiprocessors * 7 // 8)
+    return possible and bool(p.config.fused or fills(p.sequences, multiprocessors))
 
 
 def gradient(
@@ -58,20 +58,13 @@ def gradient(
         p, GROUP, q, k, v, gates, carry, memories, told, dh, dmemory, dnormalizer
     )
     d_columns = jnp.sum(d_columns, axis=2)
-    kept = d_columns[:, columns.KEPT]
-    drows = {
-        rows_of.D_ROW: told[:, rows.ROW],
-        rows_of.D_COLUMN: d_columns[:, columns.COLUMN],
-        rows_of.D_OWN: d_columns[:, columns.OWN],
-        rows_of.D_KEPT: kept,
-    }
-    drows = jnp.stack([x for _, x in sorted(drows.items())], axis=1)
+    drows = jnp.concatenate([told[:, rows.ROW, None], d_columns], axis=1)
 
     def by_sequence(x: Array) -> Array:
         return x.reshape(p.sequences, -1)
 
     inner = jnp.sum(inner, axis=(1, 2)) + jnp.sum(dnormalizers * normalizers, axis=1)
-    written, read = (jnp.sum(x, axis=1) for x in (kept, told[:, rows.RECALLED]))
+    written, read = (jnp.sum(x, axis=1) for x in (drows[:, rows_of.D_KEPT], told[:, rows.RECALLED]))
     dcarry = _passed_by(*map(by_sequence, (carry, inner, written, read)))
     return dq, dk, dv, drows, dcarry.reshape(carry.shape), dmemory, dnormalizer
 

@@ -43,15 +43,16 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     opaque,
     over_columns,
     over_rows,
-    product,
     products,
     row_sums,
     store_directly,
+    store_in_two,
     tile_of,
     transposed,
     untyped,
     vectors,
     warpgroups,
+    weighted_sum,
     where,
 )
 from pallas_kernels.mlstm.tuning import TILE, fitting_slots
@@ -254,20 +255,16 @@ def gradient(
                         w = accumulated(w, own_v.at[:, tile_of(i)], transposed(dc))
                     written.append(w)
 
-                # Its rows are alike, and so are the columns of products with them.
-                ratio = row(READ, 0, TILE) * row(RATIO, 0, TILE)
-                alike = transposed(lay_down(ratio).at[pl.ds(0, 8)])
+                weights_of_n = lay_down(row(READ, 0, TILE) * row(RATIO, 0, TILE))
                 for part in parts:
-                    added = jnp.max(product(transposed(q_smem.at[slot, part]), alike), axis=1)
+                    added = weighted_sum(q_smem.at[slot, part], weights_of_n)
                     store_directly(next_n.at[part], decay * load_rows(own_n.at[part]) + added)
 
                 w = written[0]
                 if groups == 2:
                     theirs = jnp.where(own == 0, written[1], written[0])
                     w = jnp.where(own == 0, written[0], written[1])
-                    rounded = theirs.astype(p.dtype)
-                    own_v[:, tile_of(0)] = rounded
-                    staging[...] = (theirs - rounded.astype(jnp.float32)).astype(p.dtype)
+                    store_in_two(theirs, own_v.at[:, tile_of(0)], staging)
                 plgpu.commit_smem()
                 meet(handed_over)
                 seen = both_halves()

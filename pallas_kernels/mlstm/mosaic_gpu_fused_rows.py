@@ -42,13 +42,16 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     products,
     row_sums,
     store_directly,
+    store_in_two,
     tile_of,
     transposed,
     untyped,
     vectors,
     warpgroups,
+    weighted_sum,
     where,
 )
+from pallas_kernels.mlstm.mosaic_gpu_rows import slope
 from pallas_kernels.mlstm.tuning import TILE, fitting_slots
 
 Array = jax.Array
@@ -179,9 +182,7 @@ def gradient(
                 meet(met)
                 # Two numbers of 16 bits each keep R where q was, which all have read, and beside.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                rounded = r.astype(p.dtype)
-                own_q[...] = rounded
-                staging[...] = (r - rounded.astype(jnp.float32)).astype(p.dtype)
+                store_in_two(r, own_q, staging)
                 q_n, q_r = (
                     sum(load_rows(sums.at[odd, part, name]) for part in range(groups))
                     for name in (_Q_N, _Q_R)
@@ -202,9 +203,7 @@ def gradient(
                 row = (x_sum - x_own) * inverse
                 dd = jnp.zeros_like(row)
                 if p.normalized:
-                    slope = jnp.where(d > 0, -inverse, inverse)
-                    slope = jnp.where(jnp.abs(d) > floor, slope, jnp.zeros_like(slope))
-                    dd = (x_sum * inverse + recalled) * slope
+                    dd = (x_sum * inverse + recalled) * slope(d, floor, inverse)
                     row += dd * (s_sum - s_own)
                     recalled += dd * recalled_sum
 
@@ -227,16 +226,13 @@ def gradient(
                 decay = carry_gmem[index]
                 # dq leaves through the place of q, which all have read.
                 own_q[...] = dq.astype(p.dtype)
-
-                # Its rows are alike, and so are the columns of a product with them.
                 kept = load_columns(gates_smem.at[slot, rows_of.KEPT])
                 staging[...] = over_columns(kept, zeros).astype(p.dtype)
                 plgpu.commit_smem()
                 tokens = pl.ds(step * TILE, TILE)
                 plgpu.copy_smem_to_gmem(own_q, dq_gmem.at[batch, tokens, head, own_rows])
-                alike = transposed(staging.at[pl.ds(0, 8)])
-                n = jnp.max(product(transposed(own_k), alike), axis=1)
-                store_directly(own_n, decay * load_rows(own_n) + n)
+                added = weighted_sum(own_k, staging)
+                store_directly(own_n, decay * load_rows(own_n) + added)
 
                 x = load_matrix(own_k)
                 own_k[...] = (x * over_rows(weights.own_row(rows_of.KEPT), x)).astype(p.dtype)

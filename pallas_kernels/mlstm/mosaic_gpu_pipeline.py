@@ -229,6 +229,19 @@ def summed_products(
     return pl.run_scoped(run, *(plgpu.ACC((TILE, width), jnp.float32) for width in widths))
 
 
+def weighted_sum(tokens: Ref, weights: Ref) -> Array:
+    """Return the sum of 64 rows, a number for each column; all rows of `weights` have theirs."""
+    # Rows that are alike, and so are the columns of the product.
+    return jnp.max(product(transposed(tokens), transposed(weights.at[pl.ds(0, 8)])), axis=1)
+
+
+def store_in_two(x: Array, rounded: Ref, rest: Ref) -> None:
+    """Store float32 numbers as two of 16 bits: what they are rounded to, and the rest of them."""
+    y = x.astype(rounded.dtype)
+    rounded[...] = y
+    rest[...] = (x - y.astype(jnp.float32)).astype(rest.dtype)
+
+
 def transposed(ref: Ref) -> Ref:
     """The transposed matrix."""
     return ref.transpose((1, 0))
@@ -403,9 +416,9 @@ class Weights:
         return jnp.where(reads, a, jnp.zeros_like(a))
 
 
-def tiles_of(x: Array, width: int = TILE) -> list[Array]:
-    """Cut a matrix [64, N] into tiles of so many columns."""
-    return [x[:, first : first + width] for first in range(0, x.shape[1], width)]
+def tiles_of(x: Array) -> list[Array]:
+    """Cut a matrix [64, N] into tiles of 64 columns."""
+    return [x[:, first : first + TILE] for first in range(0, x.shape[1], TILE)]
 
 
 def warpgroups(groups: int, compute: Callable[[Array], None], load: Callable[[], None]) -> None:

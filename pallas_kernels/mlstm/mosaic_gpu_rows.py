@@ -70,6 +70,12 @@ def _parts(p: Problem) -> list[slice]:
     return rounds(p, WIDEST_PRODUCT if p.chunk == TILE else _NARROW)
 
 
+def slope(d: Array, floor: Array, inverse: Array) -> Array:
+    """Return -sgn(d) / divisor where |d| > floor, else 0: what dd is multiplied by."""
+    x = jnp.where(d > 0, -inverse, inverse)
+    return jnp.where(jnp.abs(d) > floor, x, jnp.zeros_like(x))
+
+
 def gradient_slots(p: Problem) -> int:
     """Slots of `gradient`; 0: shared memory has no room."""
     stage = (2 * p.chunk + _parts(p)[0].stop) * TILE
@@ -227,9 +233,7 @@ def gradient(p: Problem, q, k, v, gates, memories, normalizers, dh) -> tuple[Arr
                 d_row = x_before + drecalled
                 dd = jnp.zeros_like(d_row)
                 if p.normalized:
-                    slope = jnp.where(d > 0, -inverse, inverse)
-                    slope = jnp.where(jnp.abs(d) > floor, slope, jnp.zeros_like(slope))
-                    dd = (x_before + x_own + drecalled) * slope
+                    dd = (x_before + x_own + drecalled) * slope(d, floor, inverse)
                     d_row += dd * (s_before + recalled_sum)
                 tokens = weights.own
                 index = place.index(item)

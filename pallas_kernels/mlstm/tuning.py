@@ -56,6 +56,11 @@ class TuningConfig:
             raise ValueError(f"slots={self.slots}: must be at least 1")
 
 
+def fills(thread_blocks: int, multiprocessors: int) -> bool:
+    """Return whether they leave no more than an eighth of the chip without a thread block."""
+    return thread_blocks >= multiprocessors * 7 // 8
+
+
 def state_tiles(
     config: TuningConfig, sequences: int, q_dim: int, v_dim: int, multiprocessors: int
 ) -> tuple[int, int]:
@@ -70,7 +75,7 @@ def state_tiles(
         raise ValueError(f"{config}: its tiles do not divide a state of {q_dim} x {v_dim}")
     sizes = sorted(((q, v) for q in q_tiles for v in v_tiles), key=lambda x: (-x[0] * x[1], -x[0]))
     for q_tile, v_tile in sizes:
-        if sequences * (q_dim // q_tile) * (v_dim // v_tile) >= multiprocessors * 7 // 8:
+        if fills(sequences * (q_dim // q_tile) * (v_dim // v_tile), multiprocessors):
             return q_tile, v_tile
     return sizes[-1]
 
