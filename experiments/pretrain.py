@@ -78,7 +78,8 @@ def report(summary: Summary) -> None:
     validation, unigram = summary.validation, summary.validation["unigram_bits_per_byte"]
     bits = validation["bits_per_byte"]
     print(f"\ndone: {summary.step} steps")
-    print(f"  train loss          {summary.train_loss:.4f} nats per token")
+    if summary.train_loss is not None:  # or the log of a run that was done already is gone
+        print(f"  train loss          {summary.train_loss:.4f} nats per token")
     print(f"  validation loss     {validation['loss']:.4f} nats per token, ", end="")
     print(f"perplexity {validation['perplexity']:.3f}")
     print(f"  validation          {bits:.4f} bits per byte (unigram model: {unigram:.4f})")

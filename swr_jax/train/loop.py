@@ -58,7 +58,7 @@ class Summary:
     """What a run came to.
 
     step: updates done. stopped_by: the signal that ended it early, if any. train_loss: mean nats
-    per target of the last interval, None in processes that keep no log. validation: loss,
+    per target of the last interval that the log tells of, None without a log. validation: loss,
     perplexity, bits_per_byte and the unigram model's bits per byte; None if stopped early.
     tokens_per_second: while updates ran, compilation left out; None if there was nothing to time.
     seconds: what else took time between updates: "reports", "evaluation" and "checkpoints".

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -181,6 +182,22 @@ def test_killed_and_started_again_it_is_the_same_run_to_the_bit(straight_run, tm
     for a, b in zip(*map(jax.tree.leaves, models), strict=True):
         np.testing.assert_array_equal(a, b)
     assert losses(tmp_path) == losses(straight)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_done_says_what_it_knows_without_its_log(straight_run, tmp_path):
+    straight, done = straight_run
+    workdir = shutil.copytree(straight, tmp_path / "copied")
+    (workdir / "metrics.jsonl").unlink()
+    again = run(*command("pretrain.py", f"--workdir={workdir}", *TINY))
+    assert again.returncode == 0, again.stderr
+    assert "train loss" in done.stdout
+    assert "train loss" not in again.stdout
+    first, second = (
+        next(line for line in x.stdout.splitlines() if "validation loss" in line)
+        for x in (done, again)
+    )
+    assert first == second
 
 
 @pytest.mark.slow
