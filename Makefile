@@ -28,7 +28,7 @@ WITH_TARGETS = VENV=.venv-targets EXTRAS=test,targets SELECTION="targets and not
 OLDEST := 0.11.2
 # Of the tests that call JAX most, what the oldest JAX runs; all of them: OLDEST_CALLS=test.
 OLDEST_CALLS ?= every_gradient or results_and_gradients or every_parameter or default_and_agrees \
-	or trains_through or learns_a_text or in_walks or on_the_mesh or test_checkpoint
+	or trains_through or learns_a_text or in_walks or over_pieces or on_the_mesh or test_checkpoint
 OLDEST_COMPILES ?= v5e or within_budget or without_spills
 WITH_OLDEST = VENV=.venv-oldest EXTRAS=test,targets \
 	PACKAGES="$(addsuffix ==$(OLDEST),jax jaxlib jax-cuda13-plugin jax-cuda13-pjrt)"

@@ -1,7 +1,8 @@
 """The Hopper kernels of the mLSTM as the catalogue lists them, at published shapes.
 
 65,536 tokens at width 4,096, as arXiv 2503.14376 times them: 16 heads, Dk 128, Dv 256, bfloat16; as
-eight sequences, and as a single one, too few for walks over whole states to fill the chip.
+eight sequences, and as a single long one, which walks over whole states take in pieces. That one
+also by chunk, with the kernels that wider heads and short sequences have.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from pallas_kernels.targets import Chip, Launch
 
 BATCH, TIME, HEADS, Q_DIM, V_DIM = 8, 8192, 16, 128, 256
 CHUNK = 128  # of the backward pass where states go through memory
+PIECES = 8  # of one sequence with 16 heads: 128 thread blocks for 132 multiprocessors
 SEQUENCES = BATCH * HEADS
 TOKENS = SEQUENCES * TIME
 DTYPE = jnp.bfloat16
@@ -41,7 +43,8 @@ EVERYONE, COMPUTING, LOADING = (0, 1, 2), (0, 1), (2,)
 
 def entries() -> tuple[Entry, ...]:
     """Forward alone, and with the backward: two calls, as a gradient makes them."""
-    return tuple(make(backward) for make in (_published, _single) for backward in (False, True))
+    makers = (_published, _long, _by_chunk)
+    return tuple(make(backward) for make in makers for backward in (False, True))
 
 
 def _given(batch: int, chunk: int) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -86,33 +89,56 @@ def _budget(ratio: float, chip: Chip, **more: float | int) -> Budget:
 
 def _published(backward: bool) -> Entry:
     """Walks with the states in registers: one forward, two for the gradient."""
-    tokens = TILE * (Q_DIM + V_DIM) * 2
-    moved = FORWARD_BYTES
-    flops = _products(TILE, states=1, scores=1, outputs=1, reads=1)
-    # A part of a kernel's name must be in no other's.
-    launches = [_walk("mlstm_fused_forward", TIME, TILE, 2 * (tokens + TILE * Q_DIM * 2))]
-    if backward:
-        states = STATE_BYTES // (GROUP * TILE)
-        moved += 3 * Q_BYTES + 2 * V_BYTES + states + 13 * GATE_BYTES  # The rows.
-        moved += 3 * Q_BYTES + 3 * V_BYTES + states + 14 * GATE_BYTES  # The columns.
-        flops += _products(TILE, states=2, scores=4, outputs=3, reads=3)
-        launches += [
-            _walk(f"mlstm_fused_{name}", TIME, TILE, 2 * 2 * tokens) for name in ("rows", "columns")
-        ]
     # Nothing but a few states is read twice in a pass. What the walks of the gradient spill is a
     # hundredth of their instructions; an H200, with more bandwidth, issues for 0.76 of its time.
     budget = functools.partial(_budget, 1.1)
     if backward:
-        budget = functools.partial(_budget, 1.55, spill=320, issue_ratio=0.8)
+        budget = functools.partial(_budget, 1.5, spill=320, issue_ratio=0.8)
+    return _walked(BATCH, 1, backward, name="published", budget=budget)
+
+
+def _long(backward: bool) -> Entry:
+    """One sequence in pieces: the walks, each after one for the states between these."""
+    budget = functools.partial(_budget, 1.5)
+    if backward:
+        budget = functools.partial(_budget, 2.0, spill=320, issue_ratio=0.8)
+    return _walked(1, PIECES, backward, name="long", budget=budget)
+
+
+def _walked(batch: int, pieces: int, backward: bool, *, name: str, **more: Any) -> Entry:
+    time = BATCH * TIME // batch // pieces
+    tokens = TILE * (Q_DIM + V_DIM) * 2
+    # What all pieces but one add to the state, and what each begins with: written and read, the
+    # latter once more before what is there at first comes to it.
+    handed_on = (2 * (pieces - 1) + 4 * pieces * (pieces > 1)) * HEADS * Q_DIM * V_DIM * 4
+    passed_over = (Q_BYTES + V_BYTES + GATE_BYTES) * (pieces - 1) // pieces + handed_on
+    moved = FORWARD_BYTES + passed_over
+    flops = _products(TILE, states=1, scores=1, outputs=1, reads=1)
+    # A part of a kernel's name must be in no other's.
+    launches = [_walk("mlstm_fused_forward", time, TILE, 2 * (tokens + TILE * Q_DIM * 2))]
+    for_pieces = ["forward"]
+    if backward:
+        states = STATE_BYTES // (GROUP * TILE)
+        moved += 3 * Q_BYTES + 2 * V_BYTES + states + 13 * GATE_BYTES  # The rows.
+        moved += 3 * Q_BYTES + 3 * V_BYTES + states + 14 * GATE_BYTES  # The columns.
+        moved += 2 * passed_over
+        flops += _products(TILE, states=2, scores=4, outputs=3, reads=3)
+        launches += [
+            _walk(f"mlstm_fused_{name}", time, TILE, 2 * 2 * tokens) for name in ("rows", "columns")
+        ]
+        for_pieces += ["again", "backward"]
+    if pieces > 1:
+        flops += len(for_pieces) * _products(TILE, states=1) * (pieces - 1) // pieces
+        launches += [_walk(f"mlstm_pieces_{name}", time, TILE, 3 * tokens) for name in for_pieces]
     return _entry(
-        BATCH,
+        batch,
         (TILE, TILE),
         backward,
-        name=f"mlstm/published/{_name(backward)}",
+        name=f"mlstm/{name}/{_name(backward)}",
         bytes_moved=moved,
         launches=tuple(launches),
         matrix_flops=flops,
-        budget=budget,
+        **more,
     )
 
 
@@ -120,7 +146,7 @@ def _name(backward: bool) -> str:
     return "forward+backward" if backward else "forward"
 
 
-def _single(backward: bool) -> Entry:
+def _by_chunk(backward: bool) -> Entry:
     """One sequence, whose chunks are spread over the chip: their states go through memory."""
     time, chunk = BATCH * TIME, LONGEST_CHUNK
     # A thread block walks with 64 x 64 numbers of the state, so k is read four times and v twice.
@@ -150,7 +176,7 @@ def _single(backward: bool) -> Entry:
         moved += walk + 2 * states + 2 * GATE_BYTES  # Cotangents of the states, times these.
         moved += 3 * Q_BYTES + 3 * V_BYTES + states + 15 * GATE_BYTES  # The columns.
         flops += _products(CHUNK, states=2, scores=4, outputs=3, reads=3)
-        launches += _by_chunk(time, in_flight)
+        launches += _gradient_by_chunk(time, in_flight)
         ratio = 3.7
         # What JAX 0.11 makes of the states' backward spills 16 bytes, and loads them again.
         spill = 32 if jax.__version_info__ < (0, 12) else 0
@@ -158,7 +184,7 @@ def _single(backward: bool) -> Entry:
         1,
         (chunk, CHUNK),
         backward,
-        name=f"mlstm/long/{_name(backward)}",
+        name=f"mlstm/by_chunk/{_name(backward)}",
         bytes_moved=moved,
         launches=tuple(launches),
         matrix_flops=flops,
@@ -166,7 +192,7 @@ def _single(backward: bool) -> Entry:
     )
 
 
-def _by_chunk(time: int, in_flight: int) -> list[Launch]:
+def _gradient_by_chunk(time: int, in_flight: int) -> list[Launch]:
     """What the kernels of the backward pass do in their loops, as the compiler orders these.
 
     A warpgroup's chunks with the tiles in each, the loader's, and what it waits for in the end. The
@@ -199,7 +225,7 @@ def _walk(kernel: str, time: int, chunk: int, in_flight: int, *, alone: bool = F
     return Launch(kernel, tuple(trips), bytes_in_flight=in_flight, warpgroups=groups)
 
 
-def _products(chunk: int, *, states: int, scores: int, outputs: int, reads: int) -> int:
+def _products(chunk: int, *, states: int, scores: int = 0, outputs: int = 0, reads: int = 0) -> int:
     """Operations of so many products of each form, of all chunks."""
     pairs = chunk * (chunk + 1) // 2  # that a causal product needs
     each = states * chunk * Q_DIM * V_DIM + reads * chunk * Q_DIM * V_DIM

@@ -1,17 +1,18 @@
 """The chunkwise mLSTM on Hopper GPUs: the two passes that `gradient.differentiable` wants.
 
-The kernels are in modules of their own. Where sequences are enough to fill the chip, `fused` is the
-whole forward pass and `fused_backward` the other one. Elsewhere `states` walks over the chunks and
-`outputs` has h, which needs no more than a tile of scores at a time, so that the forward pass has
-longer chunks, and fewer states to write and to read, than the backward pass: there `rows` has dq,
-`columns` dk and dv. Here is what calls them, and the way between the shapes of the caller and
-theirs: Dk and Dv are padded with zeros to multiples of 64.
+The kernels are in modules of their own. Where sequences are enough to fill the chip, or `pieces` of
+them, `fused` is the whole forward pass and `fused_backward` the other one. Elsewhere `states` walks
+over the chunks and `outputs` has h, which needs no more than a tile of scores at a time, so that
+the forward pass has longer chunks, and fewer states to write and to read, than the backward pass:
+there `rows` has dq, `columns` dk and dv. Here is what calls them, and the way between the shapes of
+the caller and theirs: Dk and Dv are padded with zeros to multiples of 64.
 
 Products are of bfloat16 numbers, with sums in float32; gates, weights, scores and n are float32.
 The states between the chunks go through memory in bfloat16.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from pallas_kernels.mlstm import mosaic_gpu_columns as columns
 from pallas_kernels.mlstm import mosaic_gpu_fused as fused
 from pallas_kernels.mlstm import mosaic_gpu_fused_backward as fused_backward
 from pallas_kernels.mlstm import mosaic_gpu_outputs as outputs
+from pallas_kernels.mlstm import mosaic_gpu_pieces as pieces
 from pallas_kernels.mlstm import mosaic_gpu_rows as rows
 from pallas_kernels.mlstm.gradient import Passes, entry_point
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import Problem
@@ -94,9 +96,10 @@ def on_device(passes: Passes, q: Array, v: Array) -> Passes:
     forward, backward = passes
     config, multiprocessors = forward.config, _multiprocessors()
     in_tiles = _problem(forward._replace(chunk=TILE), q, v)
+    in_tiles = dataclasses.replace(in_tiles, time=-(-in_tiles.time // TILE) * TILE)
     if config.forward_chunk in (None, TILE) and fused.tiling(in_tiles, multiprocessors):
         forward = forward._replace(chunk=TILE)
-    if config.chunk in (None, TILE) and fused_backward.suits(in_tiles, multiprocessors):
+    if config.chunk in (None, TILE) and fused_backward.suited(in_tiles, multiprocessors):
         backward = backward._replace(chunk=TILE)
     return Passes(forward, backward)
 
@@ -160,14 +163,21 @@ def forward(
         memory, normalizer: C [B, H, Dk, Dv] and n [B, H, Dk] before the first chunk, float32.
     """
     _check(_FORWARD, options, q, k, v)
-    call = _Call(options, q, v)
-    p, given = call.problem, call.arguments(q, k, v, gates, carry, memory, normalizer)
-    if options.chunk == TILE and (tiling := fused.tiling(p, _multiprocessors())):
-        h, *last = fused.forward(p, tiling, *given)
+    p, multiprocessors = _problem(options, q, v), _multiprocessors()
+    tiling = fused.tiling(p, multiprocessors) if options.chunk == TILE else None
+    if tiling:
+        p = dataclasses.replace(p, pieces=tiling.pieces)
+    call = _Call(p, q, v)
+    given = call.arguments(q, k, v, gates, carry, memory, normalizer)
+    if tiling:
+        state = pieces.starts(
+            p, *given[1:], name="mlstm_pieces_forward", multiprocessors=multiprocessors
+        )
+        h, *last = fused.forward(p, tiling, *given[:5], *state)
     else:
         memories, normalizers, *last = _states(p, "mlstm_states_forward", *given[1:])
         h = outputs.outputs(p, *given[:4], memories, normalizers)
-    return h[..., : v.shape[-1]], *call.last_state(*last)
+    return call.by_token(h, like=v), *call.last_state(*last)
 
 
 def backward(
@@ -193,18 +203,19 @@ def backward(
         As `gradient.differentiable` wants them.
     """
     _check(_BACKWARD, options, q, k, v)
-    call = _Call(options, q, v)
-    p = call.problem
-    in_walks = options.chunk == TILE and fused_backward.suits(p, _multiprocessors())
-    dq, dk, dv, dgates, dcarry, *last = (fused_backward.gradient if in_walks else _gradient)(
-        p,
+    p, multiprocessors = _problem(options, q, v), _multiprocessors()
+    gradient = functools.partial(_gradient, p)
+    if options.chunk == TILE and (suited := fused_backward.suited(p, multiprocessors)):
+        p = suited
+        gradient = functools.partial(fused_backward.gradient, p, multiprocessors)
+    call = _Call(p, q, v)
+    dq, dk, dv, dgates, dcarry, *last = gradient(
         *call.arguments(q, k, v, gates, carry, memory, normalizer),
         call.pad_v(dh.astype(v.dtype)),
         *call.pad_state(dmemory, dnormalizer),
     )
-    q_dim, v_dim = call.sizes
     return (
-        *(dq[..., :q_dim], dk[..., :q_dim], dv[..., :v_dim]),
+        *(call.by_token(x, like=y) for x, y in ((dq, q), (dk, k), (dv, v))),
         dgates.reshape(*gates.shape[:3], *dgates.shape[1:]),
         dcarry.reshape(carry.shape),
         *call.last_state(*last),
@@ -225,23 +236,30 @@ chunkwise = entry_point(
 class _Call:
     """The way between the shapes of the caller and those of the kernels."""
 
-    def __init__(self, options, q: Array, v: Array):
-        self.sizes = q.shape[-1], v.shape[-1]
-        self.problem = _problem(options, q, v)
+    def __init__(self, p: Problem, q: Array, v: Array):
+        self.problem, self.sizes = p, (q.shape[-1], v.shape[-1])
 
     def pad_q(self, x: Array) -> Array:
-        """[..., Dk] -> [..., multiple of 64]."""
-        return _pad(x, x.ndim - 1, self.problem.q_dim)
+        """[B, T, H, Dk] -> [B P, T / P, H, multiple of 64]."""
+        return self._in_pieces(_pad(x, 3, self.problem.q_dim))
 
     def pad_v(self, x: Array) -> Array:
-        """[..., Dv] -> [..., multiple of 64]."""
-        return _pad(x, x.ndim - 1, self.problem.v_dim)
+        """[B, T, H, Dv] -> [B P, T / P, H, multiple of 64]."""
+        return self._in_pieces(_pad(x, 3, self.problem.v_dim))
+
+    def _in_pieces(self, x: Array) -> Array:
+        p = self.problem
+        return x.reshape(p.batch * p.pieces, p.time // p.pieces, *x.shape[2:])
+
+    def by_token(self, x: Array, like: Array) -> Array:
+        """Undo `pad_q` or `pad_v`."""
+        return x[..., : like.shape[-1]].reshape(like.shape)
 
     def pad_state(self, memory: Array, normalizer: Array) -> tuple[Array, Array]:
         """C [B, H, Dk, Dv] and n [B, H, Dk] -> [B H, ...], padded."""
         p = self.problem
-        memory = _pad(self.pad_v(memory), 2, p.q_dim).reshape(p.sequences, p.q_dim, p.v_dim)
-        return memory, self.pad_q(normalizer).reshape(p.sequences, p.q_dim)
+        memory = _pad(_pad(memory, 3, p.v_dim), 2, p.q_dim).reshape(-1, p.q_dim, p.v_dim)
+        return memory, _pad(normalizer, 2, p.q_dim).reshape(-1, p.q_dim)
 
     def last_state(self, memory: Array, normalizer: Array) -> tuple[Array, Array]:
         """Undo `pad_state`."""

@@ -23,6 +23,7 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     MATRIX,
     Problem,
     Stream,
+    Walk,
     Weights,
     accumulated,
     free_barriers,
@@ -46,7 +47,7 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     warpgroups,
     weighted_sum,
 )
-from pallas_kernels.mlstm.tuning import LONGEST_CHUNK, TILE, fills, fitting_slots
+from pallas_kernels.mlstm.tuning import LONGEST_CHUNK, TILE, fitting_slots, suited_pieces
 
 Array = jax.Array
 Ref = jax.Ref
@@ -57,11 +58,15 @@ _SHAPES = ((128, 2), (64, 2), (128, 1), (64, 1))
 
 
 class Tiling(NamedTuple):
-    """What a thread block has: columns of v for each warpgroup, warpgroups, slots of the stream."""
+    """What a thread block has: columns of v for each warpgroup, warpgroups, slots of the stream.
+
+    And the pieces of a sequence.
+    """
 
     width: int
     groups: int
     slots: int
+    pieces: int = 1
 
     @property
     def columns(self) -> int:
@@ -72,9 +77,13 @@ class Tiling(NamedTuple):
 def tiling(p: Problem, multiprocessors: int) -> Tiling | None:
     """Return how the walk is cut up; None: the kernels that write states down suit better, or must.
 
-    The most columns with which no more than an eighth of the chip is left without a thread block:
-    q and k are read anew for every block of columns. `TuningConfig.fused` decides, if it is not
-    None.
+    Of all that fill the chip the one that reads and writes least: q and k are read anew for every
+    block of columns, k and v for pieces of sequences. `TuningConfig.fused` decides whether there is
+    one, if it is not None.
+
+    Args:
+        p: the problem, its sequences whole.
+        multiprocessors: of the chip.
     """
     if p.config.fused is False:
         return None
@@ -84,17 +93,25 @@ def tiling(p: Problem, multiprocessors: int) -> Tiling | None:
         if p.v_dim % (width * groups) == 0 and p.q_dim * width <= _MOST_STATE
         if (found := Tiling(width, groups, _slots(p, width, groups))).slots >= 2
     ]
-    if p.config.fused:
-        return possible[0] if possible else None
-    apart = 3 * (p.q_dim + p.v_dim) + 2 * p.q_dim * p.v_dim // LONGEST_CHUNK
+    suited = []
     for found in possible:
-        blocks = p.v_dim // found.columns
-        if (
-            fills(p.sequences * blocks, multiprocessors)
-            and 2 * (p.q_dim * blocks + p.v_dim) <= apart
-        ):
-            return found
-    return None
+        thread_blocks = p.sequences * (p.v_dim // found.columns)
+        pieces = suited_pieces(p.config, thread_blocks, p.time // TILE, multiprocessors)
+        if pieces is not None:
+            suited.append(found._replace(pieces=pieces))
+    best = min(suited, key=lambda found: _traffic(p, found), default=None)
+    apart = 3 * (p.q_dim + p.v_dim) + 2 * p.q_dim * p.v_dim // LONGEST_CHUNK
+    return best if best and (p.config.fused or _traffic(p, best) <= apart) else None
+
+
+def _traffic(p: Problem, tiling: Tiling) -> float:
+    """Numbers of 16 bits that are read and written for each token and head."""
+    walked = 2 * (p.q_dim * (p.v_dim // tiling.columns) + p.v_dim)
+    if tiling.pieces == 1:
+        return walked
+    # What pieces add, and their first and last states, in 32 bits: written and read.
+    states = 2 * 5 * p.q_dim * p.v_dim * tiling.pieces / p.time
+    return walked + p.q_dim + p.v_dim + states
 
 
 def _slots(p: Problem, width: int, groups: int) -> int:
@@ -115,18 +132,17 @@ def forward(
         v: [B, T, H, Dv].
         gates: [B H N, 8, 64], float32.
         carry: c, [B H N].
-        memory, normalizer: C and n before the first chunk, float32.
+        memory, normalizer: C and n before the first chunk of every sequence or piece, float32.
     """
-    width, groups, slots = tiling
+    width, groups, slots, _ = tiling
     parts = [tile_of(part) for part in range(p.q_dim // TILE)]
 
     def body(*refs):
         q_gmem, k_gmem, v_gmem, gates_gmem, carry_gmem, memory_gmem, normalizer_gmem = refs[:7]
         h_gmem, last_memory, last_normalizer = refs[7:10]
         q_smem, k_smem, v_smem, gates_smem, c_smem, n_smem, staged, full, free = refs[10:]
-        head, batch = lax.axis_index("head"), lax.axis_index("batch")
-        v_block = lax.axis_index("v_block")
-        sequence = batch * p.heads + head
+        walked, v_block = Walk(p), lax.axis_index("v_block")
+        head, batch, sequence = walked.head, walked.batch, walked.sequence
         stream = Stream(slots, free)
 
         def columns(group: Array | int, tile: int = 0, size: int = width) -> Any:
@@ -139,7 +155,7 @@ def forward(
                 barrier, tokens = full.at[slot], pl.ds(step * TILE, TILE)
                 plgpu.copy_gmem_to_smem(q_gmem.at[batch, tokens, head], q_smem.at[slot], barrier)
                 plgpu.copy_gmem_to_smem(k_gmem.at[batch, tokens, head], k_smem.at[slot], barrier)
-                source = gates_gmem.at[sequence * p.chunks + step]
+                source = gates_gmem.at[walked.index(step)]
                 plgpu.copy_gmem_to_smem(source, gates_smem.at[slot], barrier)
                 for group in range(groups):
                     source = v_gmem.at[batch, tokens, head, columns(group)]
@@ -157,7 +173,7 @@ def forward(
 
             def chunk(step: Array, carried):
                 state, vector = carried
-                decay = carry_gmem[sequence * p.chunks + step]
+                decay = carry_gmem[walked.index(step)]
                 slot, own = opaque(stream.slot(step)), opaque(group)
                 staging, own_c, own_n = staged.at[own], c_smem.at[own], n_smem.at[own]
                 weights = Weights(gates_smem.at[slot], jnp.int32(0), own_columns=False)
@@ -208,13 +224,16 @@ def forward(
                 return state, vector
 
             state, vector = lax.fori_loop(0, p.chunks, chunk, (state, vector))
-            for part, x in zip(parts, state, strict=True):
-                store_directly(last_memory.at[sequence, part, columns(group)], x)
 
-            @pl.when((v_block == 0) & (group == 0))
+            @pl.when(walked.is_last)
             def _():
-                for part, n in zip(parts, vector, strict=True):
-                    store_directly(last_normalizer.at[sequence, part], n)
+                for part, x in zip(parts, state, strict=True):
+                    store_directly(last_memory.at[walked.whole, part, columns(group)], x)
+
+                @pl.when((v_block == 0) & (group == 0))
+                def _():
+                    for part, n in zip(parts, vector, strict=True):
+                        store_directly(last_normalizer.at[walked.whole, part], n)
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -222,8 +241,8 @@ def forward(
 
     out = [
         jax.ShapeDtypeStruct(v.shape, v.dtype),
-        jax.ShapeDtypeStruct(memory.shape, jnp.float32),
-        jax.ShapeDtypeStruct(normalizer.shape, jnp.float32),
+        jax.ShapeDtypeStruct((p.batch * p.heads, p.q_dim, p.v_dim), jnp.float32),
+        jax.ShapeDtypeStruct((p.batch * p.heads, p.q_dim), jnp.float32),
     ]
     scratch = [
         matrices(slots, TILE, p.q_dim, dtype=p.dtype),
@@ -236,6 +255,6 @@ def forward(
         full_barriers(slots, 3 + groups),
         free_barriers(slots, groups),
     ]
-    grid = {"v_block": p.v_dim // tiling.columns, "head": p.heads, "batch": p.batch}
+    grid = {"v_block": p.v_dim // tiling.columns, **Walk.grid(p)}
     run = launch(body, "mlstm_fused_forward", groups, out, scratch, **grid)
     return run(q, k, v, gates, carry, memory, normalizer)

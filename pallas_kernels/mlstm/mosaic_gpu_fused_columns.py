@@ -30,6 +30,7 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     MATRIX,
     Problem,
     Stream,
+    Walk,
     Weights,
     accumulated,
     free_barriers,
@@ -88,7 +89,8 @@ def gradient(
         carry: c, [B H N].
         memories: C before every group, [B H G Dk, Dv].
         told: what the rows tell, [B H N, 5, 64], float32.
-        dmemory, dnormalizer: cotangents of the last C [B H, Dk, Dv] and n [B H, Dk], float32.
+        dmemory, dnormalizer: cotangents of the last C [B H, Dk, Dv] and n [B H, Dk], float32, or
+            of those of every piece.
 
     Returns:
         dk [B, T, H, Dk], dv [B, T, H, Dv]; [B H N, 3, Dk / 64, 64], float32, with the rows of this
@@ -112,8 +114,8 @@ def gradient(
         ]
         halves, full, free, met = refs[26:]
         read_by_all, has_read, handed_over, has_seen = (met.at[i] for i in range(4))
-        head, batch = lax.axis_index("head"), lax.axis_index("batch")
-        sequence = batch * p.heads + head
+        walked = Walk(p)
+        head, batch, sequence = walked.head, walked.batch, walked.sequence
         stream = Stream(depth, free)
 
         def both_halves() -> Array:
@@ -138,7 +140,7 @@ def gradient(
                     for source, target in ((v_gmem, v_smem), (dh_gmem, dh_smem)):
                         source = source.at[batch, tokens, head, columns(part)]
                         plgpu.copy_gmem_to_smem(source, target.at[slot, part], barrier)
-                index = sequence * p.chunks + chunk
+                index = walked.index(chunk)
                 plgpu.copy_gmem_to_smem(gates_gmem.at[index], gates_smem.at[slot], barrier)
                 source = told_gmem.at[index, pl.ds(0, _TOLD)]
                 plgpu.copy_gmem_to_smem(source, told_smem.at[slot], barrier)
@@ -163,7 +165,7 @@ def gradient(
                 step, own = opaque(turn), opaque(group)
                 slot, odd = opaque(stream.slot(step)), lax.rem(step, jnp.int32(2))
                 chunk = p.chunks - 1 - step
-                index = sequence * p.chunks + chunk
+                index = walked.index(chunk)
                 decay = carry_gmem[index]
                 own_n, next_n = n_smem.at[odd, own], n_smem.at[1 - odd, own]
                 staging = staged.at[own]
@@ -296,14 +298,17 @@ def gradient(
 
             state = lax.fori_loop(0, p.chunks, of_chunk, state)
             plgpu.barrier_wait(has_seen)
-            for part, x in zip(parts, state, strict=True):
-                store_directly(first_memory.at[sequence, tile_of(part), columns(group)], x)
 
-            @pl.when(group == 0)
+            @pl.when(walked.is_first)
             def _():
-                for part in parts:
-                    n = load_rows(n_smem.at[p.chunks % 2, group, part])
-                    store_directly(first_normalizer.at[sequence, tile_of(part)], n)
+                for part, x in zip(parts, state, strict=True):
+                    store_directly(first_memory.at[walked.whole, tile_of(part), columns(group)], x)
+
+                @pl.when(group == 0)
+                def _():
+                    for part in parts:
+                        n = load_rows(n_smem.at[p.chunks % 2, group, part])
+                        store_directly(first_normalizer.at[walked.whole, tile_of(part)], n)
 
         warpgroups(groups, compute, load)
 
@@ -314,8 +319,8 @@ def gradient(
         jax.ShapeDtypeStruct(k.shape, k.dtype),
         jax.ShapeDtypeStruct(v.shape, v.dtype),
         numbers(p.sequences * p.chunks, 3, groups, TILE),
-        numbers(*dmemory.shape),
-        numbers(*dnormalizer.shape),
+        numbers(p.batch * p.heads, p.q_dim, p.v_dim),
+        numbers(p.batch * p.heads, p.q_dim),
         numbers(p.sequences * marks, groups, TILE),
         numbers(p.sequences * marks, p.q_dim),
     ]
@@ -334,6 +339,5 @@ def gradient(
         free_barriers(depth, groups),
         free_barriers(4, groups),
     ]
-    grid = {"head": p.heads, "batch": p.batch}
-    run = launch(body, "mlstm_fused_columns", groups, out, scratch, **grid)
+    run = launch(body, "mlstm_fused_columns", groups, out, scratch, **Walk.grid(p))
     return run(q, k, v, gates, carry, memories, told, dh, dmemory, dnormalizer)

@@ -23,6 +23,7 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     MATRIX,
     Problem,
     Stream,
+    Walk,
     Weights,
     accumulated,
     free_barriers,
@@ -100,8 +101,8 @@ def gradient(
         q_smem, k_smem, v_smem, dh_smem, gates_smem, n_smem, staged, sums, full, free, met = refs[
             12:
         ]
-        head, batch = lax.axis_index("head"), lax.axis_index("batch")
-        sequence = batch * p.heads + head
+        walked = Walk(p)
+        head, batch, sequence = walked.head, walked.batch, walked.sequence
         stream = Stream(depth, free)
 
         def load() -> None:
@@ -116,7 +117,7 @@ def gradient(
                 for source, target in ((v_gmem, v_smem), (dh_gmem, dh_smem)):
                     source = source.at[batch, tokens, head]
                     plgpu.copy_gmem_to_smem(source, target.at[slot], barrier)
-                source = gates_gmem.at[sequence * p.chunks + step]
+                source = gates_gmem.at[walked.index(step)]
                 plgpu.copy_gmem_to_smem(source, gates_smem.at[slot], barrier)
 
             stream.drain(jnp.int32(p.chunks))
@@ -132,7 +133,7 @@ def gradient(
             plgpu.commit_smem()
 
             def chunk(step: Array, state: Array) -> Array:
-                index = sequence * p.chunks + step
+                index = walked.index(step)
                 slot, own = opaque(stream.slot(step)), opaque(group)
                 odd = lax.rem(step, jnp.int32(2))
                 staging, own_n = staged.at[own], n_smem.at[own]
@@ -265,6 +266,5 @@ def gradient(
         free_barriers(depth, groups),
         free_barriers(1, groups),
     ]
-    grid = {"head": p.heads, "batch": p.batch}
-    run = launch(body, "mlstm_fused_rows", groups, out, scratch, **grid)
+    run = launch(body, "mlstm_fused_rows", groups, out, scratch, **Walk.grid(p))
     return run(q, k, v, gates, carry, memory, normalizer, dh)

@@ -46,6 +46,8 @@ class Problem:
         normalized: whether outputs are divided by max(|d|, floor) or by the floor.
         dtype: of q, k, v and h, and of the states between chunks.
         config: how the work is cut up.
+        pieces: P, equal ones of every sequence, each a sequence of its own to the walks. Arrays by
+            token are then [B P, T / P, H, D], those by sequence have an axis [B H P].
     """
 
     batch: int
@@ -57,16 +59,17 @@ class Problem:
     normalized: bool
     dtype: jnp.dtype
     config: TuningConfig
+    pieces: int = 1
 
     @property
     def chunks(self) -> int:
-        """N, chunks of a sequence."""
-        return self.time // self.chunk
+        """N, chunks of a sequence or piece."""
+        return self.time // self.chunk // self.pieces
 
     @property
     def sequences(self) -> int:
-        """Heads of all batch elements, each a sequence of its own."""
-        return self.batch * self.heads
+        """Heads of all batch elements, each a sequence of its own, or the pieces of these."""
+        return self.batch * self.heads * self.pieces
 
     @property
     def groups(self) -> int:
@@ -270,6 +273,42 @@ def over_rows(x: Array, like: Array) -> Array:
 def over_columns(x: Array, like: Array) -> Array:
     """Numbers of columns over the rows of a matrix."""
     return lax.broadcast_in_dim(x, like.shape, (1,))
+
+
+class Walk:
+    """The sequence, or piece of one, that a thread block walks over from end to end.
+
+    Attributes:
+        batch, head: where it is in arrays by token, [B, T, H, D] or [B P, T / P, H, D].
+        sequence, whole: where it is in arrays [B H P, ...], and in those [B H, ...].
+        is_first, is_last: whether the sequence begins with it, and ends.
+        number: where it is among those that are walked over.
+    """
+
+    def __init__(self, p: Problem, without: int | None = None):
+        """`without` is a piece that is left out: the first or the last."""
+        self.chunks = p.chunks
+        self.head, self.batch = lax.axis_index("head"), lax.axis_index("batch")
+        self.sequence = self.whole = self.number = self.batch * p.heads + self.head
+        self.is_first = self.is_last = True
+        if p.pieces > 1:
+            piece = lax.axis_index("piece")
+            self.number = self.whole * (p.pieces - (without is not None)) + piece
+            if without == 0:
+                piece = piece + 1
+            self.is_first, self.is_last = piece == 0, piece == p.pieces - 1
+            self.sequence = self.whole * p.pieces + piece
+            self.batch = self.batch * p.pieces + piece
+
+    @staticmethod
+    def grid(p: Problem, without: int | None = None) -> dict[str, int]:
+        """Thread blocks."""
+        pieces = {"piece": p.pieces - (without is not None)} if p.pieces > 1 else {}
+        return pieces | {"head": p.heads, "batch": p.batch}
+
+    def index(self, chunk: Array) -> Array:
+        """Where a chunk is in arrays [B H N, ...]."""
+        return self.sequence * self.chunks + chunk
 
 
 class Place:

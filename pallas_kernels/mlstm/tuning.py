@@ -10,6 +10,7 @@ SHARED_MEMORY = 232448 - 1792
 MULTIPROCESSORS = 132
 LONGEST_CHUNK = 256  # of the forward pass, where states go through memory
 _MOST_CHUNKS = 8  # that a thread block does one after the other
+_SHORTEST_PIECE = 1024  # tokens: states between pieces cost memory and time, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,8 @@ class TuningConfig:
             far as the state fits into registers; None: where sequences fill the chip.
         span: chunks that a thread block does one after the other, where chunks do not depend on
             each other; None: what suits the shape.
+        pieces: equal ones that a walk takes every sequence as, and states are handed on between
+            them; None: as few as fill the chip, none shorter than 1,024 tokens.
         q_tile: rows of the state, 64 or 128, that a thread block carries from chunk to chunk;
             None: what suits the shape.
         v_tile: columns of it, a multiple of 64 up to 256; None likewise.
@@ -33,6 +36,7 @@ class TuningConfig:
     forward_chunk: int | None = None
     fused: bool | None = None
     span: int | None = None
+    pieces: int | None = None
     q_tile: int | None = None
     v_tile: int | None = None
     slots: int = 4
@@ -46,8 +50,10 @@ class TuningConfig:
             chunk = getattr(self, name)
             if self.fused and chunk not in (None, TILE):
                 raise ValueError(f"{name}={chunk}: must be {TILE} or None where fused is True")
-        if self.span is not None and self.span < 1:
-            raise ValueError(f"span={self.span}: must be at least 1 or None")
+        for name in ("span", "pieces"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"{name}={count}: must be at least 1 or None")
         if self.q_tile not in (None, 64, 128):
             raise ValueError(f"q_tile={self.q_tile}: must be 64, 128 or None")
         if self.v_tile not in (None, 64, 128, 192, 256):
@@ -59,6 +65,37 @@ class TuningConfig:
 def fills(thread_blocks: int, multiprocessors: int) -> bool:
     """Return whether they leave no more than an eighth of the chip without a thread block."""
     return thread_blocks >= multiprocessors * 7 // 8
+
+
+def suited_pieces(
+    config: TuningConfig, thread_blocks: int, tiles: int, multiprocessors: int
+) -> int | None:
+    """Return how many pieces a walk takes each sequence as; None: no number fills the chip.
+
+    Args:
+        config: may name their number.
+        thread_blocks: of a walk over whole sequences.
+        tiles: of 64 tokens, that a sequence has.
+        multiprocessors: of the chip.
+
+    Raises:
+        ValueError: the number that `config` names does not divide that of the tiles.
+    """
+    if config.pieces is not None:
+        if tiles % config.pieces:
+            raise ValueError(
+                f"pieces={config.pieces}: must divide the {tiles} tiles of {TILE} tokens of a "
+                "sequence; None chooses"
+            )
+        return config.pieces
+    if fills(thread_blocks, multiprocessors) or config.fused:
+        return 1
+    for pieces in range(2, tiles * TILE // _SHORTEST_PIECE + 1):
+        # No more than an eighth of the chip is left without work, in the last round either.
+        rounds = -(-thread_blocks * pieces // multiprocessors)
+        if tiles % pieces == 0 and fills(thread_blocks * pieces, rounds * multiprocessors):
+            return pieces
+    return None
 
 
 def state_tiles(

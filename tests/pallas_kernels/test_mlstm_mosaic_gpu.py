@@ -21,7 +21,7 @@ from simulation import simulated_gpu
 from pallas_kernels.mlstm import gates, mosaic_gpu, mosaic_gpu_fused, mosaic_gpu_fused_backward
 from pallas_kernels.mlstm.gradient import Options, Passes
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import Problem
-from pallas_kernels.mlstm.tuning import TuningConfig, state_tiles, suited_span
+from pallas_kernels.mlstm.tuning import TuningConfig, state_tiles, suited_pieces, suited_span
 
 TESTS = Path(__file__).parents[1]
 TOLERANCE = 4e-3
@@ -45,7 +45,7 @@ MATRIX = [
 ]
 
 
-def compare(*sizes, stabilized=True, normalized=True, fused=False, forget_bias=2.0, resets=0.02):
+def compare(*sizes, stabilized=True, normalized=True, forget_bias=2.0, resets=0.02, **tuning):
     """Everything that the passes return, against the plain passes on the same rounded inputs.
 
     Of chunks that only the forward pass has, what that returns.
@@ -76,7 +76,8 @@ def compare(*sizes, stabilized=True, normalized=True, fused=False, forget_bias=2
         normalized=normalized,
         q_dim=q_dim,
     )
-    options = Options(chunk, stabilized, normalized, TuningConfig(span=2, slots=2, fused=fused))
+    config = TuningConfig(**{"span": 2, "slots": 2, "fused": False} | tuning)
+    options = Options(chunk, stabilized, normalized, config)
     given = (q, k, v, prepared.rows, prepared.carry, *state)
     with simulated_gpu():
         found = mosaic_gpu.forward(options, *given)
@@ -90,7 +91,7 @@ def compare(*sizes, stabilized=True, normalized=True, fused=False, forget_bias=2
         got, wanted = (np.asarray(x, np.float64) for x in (got, wanted))
         assert np.isfinite(got).all(), name
         error, scale = np.linalg.norm(got - wanted), np.linalg.norm(wanted)
-        if fused and name == "dcarry":
+        if config.fused and name == "dcarry":
             # What passes a chunk by is known by what the one before wrote, as exactly as that is.
             scale += np.linalg.norm(
                 np.asarray(expected[NAMES.index("drows")])[..., gates.D_KEPT, :]
@@ -139,11 +140,53 @@ def test_passes_in_walks(sizes):
 
 
 @pytest.mark.parametrize(
-    "sizes", [(448, 1, 64, 64, 64), pytest.param((576, 1, 128, 256, 64), marks=pytest.mark.slow)]
+    "sizes", [(640, 1, 64, 64, 64), pytest.param((1088, 1, 128, 256, 64), marks=pytest.mark.slow)]
 )
 def test_what_passes_chunks_by_in_walks(sizes):
     """Memory that lasts for several groups of chunks, and within them is not written down."""
     run(*sizes, fused=True, forget_bias=6.0, resets=0.001)
+
+
+@pytest.mark.parametrize("chunks", [1, 7, 8, 9, 27])
+def test_what_passes_chunks_by_follows_from_what_is_written_and_read(chunks):
+    """From marks it is exact where sums are, and put right where one of the larger ones is not."""
+    rng = np.random.default_rng(chunks)
+    passed, written = rng.standard_normal((2, 3, chunks))
+    carry = np.where(rng.uniform(size=(3, chunks)) < 0.2, 0, 0.5)
+    passed = np.where(carry > 0, passed, 0)
+    read = np.zeros_like(written)
+    read[:, 1:] = (passed + written)[:, :-1] - passed[:, 1:]
+    marks = slice(None, None, mosaic_gpu_fused_backward.GROUP)
+
+    def found(written):
+        sums = carry, passed[:, marks] * 2, written, read, written**2, read**2
+        return mosaic_gpu_fused_backward._passed_by(*map(jnp.float32, sums))
+
+    np.testing.assert_allclose(found(written), passed, atol=1e-5)
+    if chunks > mosaic_gpu_fused_backward.GROUP:
+        large = rng.uniform(100, 200, size=3)
+        written[:, 3] += 1.01 * large
+        read[:, 4] += large
+        np.testing.assert_allclose(found(written), passed, atol=0.02)
+
+
+# Memory that lasts for all pieces, and that which a document's beginning ends.
+@pytest.mark.parametrize(
+    ("sizes", "pieces", "options"),
+    [
+        ((192, 1, 64, 64, 64), 3, {"forget_bias": 6.0, "resets": 0.001}),
+        pytest.param((256, 2, 128, 256, 64), 2, {}, marks=pytest.mark.slow),
+        pytest.param((256, 1, 128, 128, 64), 4, {"forget_bias": 5.0}, marks=pytest.mark.slow),
+        pytest.param(
+            (640, 1, 64, 64, 64),
+            2,
+            {"normalized": False, "stabilized": False},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_walks_over_pieces_of_sequences(sizes, pieces, options):
+    run(*sizes, fused=True, pieces=pieces, **options)
 
 
 @pytest.mark.slow
@@ -213,6 +256,7 @@ def test_a_long_chunk_is_for_the_forward_pass_alone():
         ),
         ({"chunk": 128, "fused": True}, "chunk=128: must be 64 or None where fused is True"),
         ({"span": 0}, "span=0: must be at least 1 or None"),
+        ({"pieces": 0}, "pieces=0: must be at least 1 or None"),
         ({"q_tile": 32}, "q_tile=32: must be 64, 128 or None"),
         ({"v_tile": 512}, "v_tile=512: must be 64, 128, 192, 256 or None"),
         ({"slots": 0}, "slots=0: must be at least 1"),
@@ -238,31 +282,56 @@ def test_thread_blocks_share_chunks_until_the_chip_is_full(sequences, chunks, sp
 
 
 @pytest.mark.parametrize(
-    ("sizes", "wish", "found", "backward"),
+    ("sequences", "tiles", "pieces"),
     [
-        ((8, 8192, 16, 128, 256), None, (128, 2), True),
-        # q and k read twice, by twice the thread blocks
-        ((4, 8192, 16, 128, 256), None, (64, 2), False),
-        ((1, 65536, 16, 128, 256), None, None, False),  # too few sequences
-        ((1, 65536, 16, 128, 256), True, (128, 2), True),
-        ((8, 8192, 16, 128, 256), False, None, False),
-        ((8, 8192, 16, 320, 64), True, None, False),  # more than registers hold
-        ((8, 8192, 16, 128, 320), True, (64, 1), False),
+        (128, 128, 1),
+        (144, 128, 1),  # too many are as they are
+        (16, 1024, 8),
+        (24, 1024, 16),  # 8 would have a second round of 60
+        (16, 64, None),  # pieces would be too short
+        (16, 1021, None),  # a prime number
     ],
 )
-def test_passes_are_walks_where_sequences_fill_the_chip(sizes, wish, found, backward):
+def test_pieces_are_as_few_as_fill_the_chip(sequences, tiles, pieces):
+    assert suited_pieces(TuningConfig(), sequences, tiles, 132) == pieces
+
+
+def test_pieces_have_to_be_equal():
+    q, v = (jnp.zeros((1, 256, 1, size), jnp.bfloat16) for size in (64, 64))
+    options = Options(64, True, True, TuningConfig(pieces=3))
+    with pytest.raises(ValueError, match="pieces=3: must divide the 4 tiles of 64 tokens"):
+        mosaic_gpu.on_device(Passes(options, options), q, v)
+
+
+# Tiles of the forward pass; pieces of both, None for kernels that write states down.
+@pytest.mark.parametrize(
+    ("sizes", "wish", "found", "pieces"),
+    [
+        ((8, 8192, 16, 128, 256), None, (128, 2), (1, 1)),
+        # q and k read twice, by twice the thread blocks
+        ((4, 8192, 16, 128, 256), None, (64, 2), (1, 2)),
+        ((1, 65536, 16, 128, 256), None, (128, 2), (8, 8)),
+        ((1, 2048, 16, 128, 256), None, None, (None, None)),  # too few of too short ones
+        ((1, 65536, 16, 128, 256), True, (128, 2), (1, 1)),
+        ((8, 8192, 16, 128, 256), False, None, (None, None)),
+        ((8, 8192, 16, 320, 64), True, None, (None, None)),  # more than registers hold
+        ((8, 8192, 16, 128, 320), True, (64, 1), (1, None)),
+    ],
+)
+def test_passes_are_walks_where_sequences_or_pieces_fill_the_chip(sizes, wish, found, pieces):
     batch, time, heads, q_dim, v_dim = sizes
     config = TuningConfig(fused=wish)
     dtype = jnp.dtype(jnp.bfloat16)
     problem = Problem(batch, time, heads, q_dim, v_dim, 64, True, dtype, config)
     tiling = mosaic_gpu_fused.tiling(problem, 132)
     assert (tiling and tiling[:2]) == found
-    assert mosaic_gpu_fused_backward.suits(problem, 132) == backward
+    suited = mosaic_gpu_fused_backward.suited(problem, 132)
+    assert (tiling and tiling.pieces, suited and suited.pieces) == pieces
     q, v = (jax.ShapeDtypeStruct((batch, time, heads, x), dtype) for x in (q_dim, v_dim))
     passes = Passes(*(Options(chunk, True, True, config) for chunk in (256, 128)))
     forward, gradient = mosaic_gpu.on_device(passes, q, v)
     assert forward.chunk == (64 if found else 256)
-    assert gradient.chunk == (64 if backward else 128)
+    assert gradient.chunk == (64 if suited else 128)
     # Chunks that the caller names stay.
     config = TuningConfig(chunk=128, forward_chunk=256)
     passes = Passes(*(x._replace(config=config) for x in passes))
