@@ -99,7 +99,7 @@ def _read(options, q, k, v, gates, carry, memory, normalizer):
     exponent = row["ROW_HIGH"] - column["COLUMN_HIGH"]
     exponent += row["ROW_LOW"] - column["COLUMN_LOW"]
     length = q.shape[2]
-    seen = jnp.tril(jnp.ones((length, length), bool)) & (row["DOCUMENT"] == column["DOCUMENT"])
+    seen = jnp.tril(jnp.ones((length, length), bool)) & (row["BEGIN"] <= jnp.arange(length))
     a = jnp.exp(jnp.where(seen, exponent, -jnp.inf))
     s = a * _einsum("bhik,bhjk->bhij", q, k)
     recalled = row["RECALL"] * _einsum("bhik,bhkv->bhiv", q, memory)
@@ -129,6 +129,6 @@ _ROWS = {
     name: getattr(rows_of, name)
     for name in (
         *("ROW_HIGH", "ROW_LOW", "COLUMN_HIGH", "COLUMN_LOW"),
-        *("DOCUMENT", "RECALL", "KEPT", "FLOOR"),
+        *("BEGIN", "RECALL", "KEPT", "FLOOR"),
     )
 }

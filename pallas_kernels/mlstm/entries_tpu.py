@@ -54,7 +54,7 @@ def _backward(q, k, v, gates, carry, memory, normalizer, dh, *dstate):
 
 
 def _budget(chip: Chip) -> Budget:
-    """Twice the floor on v5e and v6e; on v5p the backward pass takes 1 % more than that.
+    """Twice the floor on v5e, v5p and v6e.
 
     Spilled registers are not bounded: with four heads at a time there are some, which cost no more
     than their loads and stores, and these are in the schedule whose time is bounded. Nor are bytes:
@@ -63,7 +63,7 @@ def _budget(chip: Chip) -> Budget:
     return Budget(
         spill=None,
         bytes_ratio=None,
-        floor_ratio={"v5e": 2.0, "v5p": 2.05, "v6e": 2.0}.get(chip.name),
+        floor_ratio=2.0 if chip.name in ("v5e", "v5p", "v6e") else None,
         vmem_bytes=chip.vmem_limit_bytes,
     )
 

@@ -27,9 +27,9 @@ from pallas_kernels.mlstm.stabilized import finite, last_maximum, lower_bound, s
 Array = jax.Array
 
 # Rows of `Gates.rows`, by token: of A, as exp((ROW_HIGH_i - COLUMN_HIGH_j) + (ROW_LOW_i -
-# COLUMN_LOW_j)) where the documents are equal; the number of resets so far in the chunk; g; a; and
-# what |d| is divided by at least.
-ROW_HIGH, ROW_LOW, COLUMN_HIGH, COLUMN_LOW, DOCUMENT, RECALL, KEPT, FLOOR = range(8)
+# COLUMN_LOW_j)) for BEGIN_i <= j <= i; the place of the document's first token in the chunk, 0 if
+# that came before; g; a; and what |d| is divided by at least.
+ROW_HIGH, ROW_LOW, COLUMN_HIGH, COLUMN_LOW, BEGIN, RECALL, KEPT, FLOOR = range(8)
 # Rows of the cotangents that a kernel returns: of log A, summed over the columns before each row
 # (with that of log g), and over the rows after each column; of its diagonal; of log a.
 D_ROW, D_COLUMN, D_OWN, D_KEPT = range(4)
@@ -105,7 +105,8 @@ def prepare(
     recall = jnp.exp(jnp.where(first, before + (start[..., None] - m), -jnp.inf))
     kept = jnp.exp(after + (log_i - end[..., None]))
     floor = q_dim**0.5 * (lower_bound(m) if normalized else jnp.ones_like(m))
-    rows = [high - m, low, high - i_high, low - i_low, documents.astype(m.dtype)]
+    begin = lax.cummax(jnp.where(resets, jnp.arange(float(chunk)), 0.0), axis=resets.ndim - 1)
+    rows = [high - m, low, high - i_high, low - i_low, begin]
     return Gates(
         jnp.stack([*rows, recall, kept, floor], axis=-2),
         jnp.exp(whole + (start - end)),

@@ -415,15 +415,19 @@ class Weights:
         """A row of the gates for the warpgroup's own tokens."""
         return load_rows(self.gates.at[name, self.own])
 
+    def _row_of_tile(self, name: int, tile: int) -> Array:
+        """A row of the gates for the tokens of a tile."""
+        return load_columns(self.gates.at[name, pl.ds(tile * self.width, self.width)])
+
+    def _own_places(self) -> Array:
+        """The warpgroup's own tokens within the chunk."""
+        return opaque(plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=ROW)) + self.group * TILE
+
     def _places(self, tile: int) -> tuple[Array, Array]:
         """The warpgroup's own tokens, and those of a tile, within the chunk, over a matrix."""
         like = jnp.zeros((TILE, self.width), jnp.int32)
-        own, token = (
-            opaque(plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout))
-            for size, layout in ((TILE, ROW), (self.width, COLUMN))
-        )
-        own = over_rows(own + self.group * TILE, like)
-        return own, over_columns(token + tile * self.width, like)
+        token = opaque(plgpu.broadcasted_iota(jnp.int32, (self.width,), 0, layout=COLUMN))
+        return over_rows(self._own_places(), like), over_columns(token + tile * self.width, like)
 
     def seen(self, tile: int) -> Array:
         """Where j < i."""
@@ -439,8 +443,7 @@ class Weights:
         """rows[row]_i - rows[column]_j."""
         own, other = (column, row) if self.own_columns else (row, column)
         x = over_rows(self.own_row(own), like)
-        columns = self.gates.at[other, pl.ds(tile * self.width, self.width)]
-        y = over_columns(load_columns(columns), like)
+        y = over_columns(self._row_of_tile(other, tile), like)
         return y - x if self.own_columns else x - y
 
     def matrix(self, tile: int) -> Array:
@@ -448,8 +451,14 @@ class Weights:
         own, token = self._places(tile)
         exponent = self._difference(rows_of.ROW_HIGH, rows_of.COLUMN_HIGH, tile, own)
         exponent += self._difference(rows_of.ROW_LOW, rows_of.COLUMN_LOW, tile, own)
-        reads = token >= own if self.own_columns else token <= own
-        reads &= self._difference(rows_of.DOCUMENT, rows_of.DOCUMENT, tile, own) == 0
+        # Numbers of rows (few in a thread) are converted, not those of columns.
+        if self.own_columns:
+            begin = over_columns(self._row_of_tile(rows_of.BEGIN, tile), own)
+            reads = over_rows(self._own_places().astype(jnp.float32), own) >= begin
+            reads &= token >= own
+        else:
+            begin = self.own_row(rows_of.BEGIN).astype(jnp.int32)
+            reads = (token <= own) & (token >= over_rows(begin, own))
         # Selected behind the exponential, which may have overflowed where nothing is read.
         a = jnp.exp2(exponent * _LOG2_E)
         return jnp.where(reads, a, jnp.zeros_like(a))

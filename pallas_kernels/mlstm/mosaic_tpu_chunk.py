@@ -14,9 +14,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.mlstm.gates import (
+    BEGIN,
     COLUMN_HIGH,
     COLUMN_LOW,
-    DOCUMENT,
     FLOOR,
     KEPT,
     RECALL,
@@ -139,7 +139,6 @@ class Columns(NamedTuple):
 
     high: Array
     low: Array
-    document: Array
 
 
 # Stands for the infinity of a gate that is closed, which would make NaN of zeros in a product.
@@ -157,7 +156,7 @@ def spread_gates(gates: Array) -> Columns:
         parts.append(as_float(rest.astype(jnp.bfloat16)))
         rest = rest - parts[-1]
     parts = stack(*parts, jnp.zeros_like(rest)).astype(jnp.bfloat16).T
-    names = COLUMN_HIGH, COLUMN_LOW, DOCUMENT
+    names = COLUMN_HIGH, COLUMN_LOW
     shape = parts.shape[1], len(names) * LANES
     row, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     chosen = functools.reduce(
@@ -191,9 +190,9 @@ def _weights(gates: Array, by_column: Columns, rows: slice, columns: slice) -> A
     """A of a block of rows, along lanes, with some columns up to its end, along sublanes."""
     exponent = gate_row(gates, ROW_HIGH, rows) - by_column.high[columns]
     exponent += gate_row(gates, ROW_LOW, rows) - by_column.low[columns]
-    seen = gate_row(gates, DOCUMENT, rows) == by_column.document[columns]
+    column, row = token_pairs(columns, rows)
+    seen = column >= gate_row(gates, BEGIN, rows).astype(jnp.int32)
     if columns.stop > rows.start:
-        column, row = token_pairs(columns, rows)
         seen &= column <= row
     return jnp.exp(jnp.where(seen, exponent, -jnp.inf))
 

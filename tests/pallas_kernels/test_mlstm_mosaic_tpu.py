@@ -168,8 +168,8 @@ def test_under_vmap():
 def test_finite_values_of_any_size_stay_in_their_document():
     options, given = arguments(1, 2, 1, 8, 8, 128, jnp.float32)
     q, k, v, rows, *rest = given
-    resets = jnp.where(jnp.arange(128) >= 100, 1.0, 0.0)
-    rows = rows.at[:, :, 0, gates.DOCUMENT].set(resets)
+    begin = jnp.where(jnp.arange(128) >= 100, 100.0, 0.0)
+    rows = rows.at[:, :, 0, gates.BEGIN].set(begin)
     rows = rows.at[:, :, 0, gates.RECALL, 100:].set(0)
     rows = rows.at[:, :, 0, gates.KEPT, :100].set(0)
     given = (q, k, v, rows, given[4].at[:, :, 0].set(0), *rest[1:])
