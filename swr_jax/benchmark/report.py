@@ -77,14 +77,18 @@ def command(arguments: Sequence[str]) -> str:
 
 
 def commit() -> str:
-    """Return the short commit of the source, "dirty" if tracked files differ, or "unknown"."""
+    """Return the short commit of the source, "dirty" if it differs, or "unknown".
+
+    Results that have been written anew are no difference.
+    """
 
     def git(*arguments: str) -> str:
         call = ["git", "-C", str(_ROOT), *arguments]
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        source = "--", ".", ":(exclude)experiments/results"
+        changed = git("status", "--porcelain", "--untracked-files=no", *source)
         return git("rev-parse", "--short", "HEAD") + (" dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

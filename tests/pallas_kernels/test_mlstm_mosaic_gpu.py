@@ -147,29 +147,6 @@ def test_what_passes_chunks_by_in_walks(sizes):
     run(*sizes, fused=True, forget_bias=6.0, resets=0.001)
 
 
-@pytest.mark.parametrize("chunks", [1, 7, 8, 9, 27])
-def test_what_passes_chunks_by_follows_from_what_is_written_and_read(chunks):
-    """From marks it is exact where sums are, and put right where one of the larger ones is not."""
-    rng = np.random.default_rng(chunks)
-    passed, written = rng.standard_normal((2, 3, chunks))
-    carry = np.where(rng.uniform(size=(3, chunks)) < 0.2, 0, 0.5)
-    passed = np.where(carry > 0, passed, 0)
-    read = np.zeros_like(written)
-    read[:, 1:] = (passed + written)[:, :-1] - passed[:, 1:]
-    marks = slice(None, None, mosaic_gpu_fused_backward.GROUP)
-
-    def found(written):
-        sums = carry, passed[:, marks] * 2, written, read, written**2, read**2
-        return mosaic_gpu_fused_backward._passed_by(*map(jnp.float32, sums))
-
-    np.testing.assert_allclose(found(written), passed, atol=1e-5)
-    if chunks > mosaic_gpu_fused_backward.GROUP:
-        large = rng.uniform(100, 200, size=3)
-        written[:, 3] += 1.01 * large
-        read[:, 4] += large
-        np.testing.assert_allclose(found(written), passed, atol=0.02)
-
-
 # Memory that lasts for all pieces, and that which a document's beginning ends.
 @pytest.mark.parametrize(
     ("sizes", "pieces", "options"),
