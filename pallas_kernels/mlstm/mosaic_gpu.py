@@ -96,7 +96,6 @@ def on_device(passes: Passes, q: Array, v: Array) -> Passes:
     forward, backward = passes
     config, multiprocessors = forward.config, _multiprocessors()
     in_tiles = _problem(forward._replace(chunk=TILE), q, v)
-    in_tiles = dataclasses.replace(in_tiles, time=-(-in_tiles.time // TILE) * TILE)
     if config.forward_chunk in (None, TILE) and fused.tiling(in_tiles, multiprocessors):
         forward = forward._replace(chunk=TILE)
     if config.chunk in (None, TILE) and fused_backward.suited(in_tiles, multiprocessors):
@@ -338,6 +337,7 @@ def _problem(options, q: Array, v: Array) -> Problem:
 
 def _sized(batch, time, heads, q_dim, v_dim, chunk, normalized, dtype, config) -> Problem:
     q_dim, v_dim = (-(-x // TILE) * TILE for x in (q_dim, v_dim))
+    time = -(-time // chunk) * chunk
     dtype = jnp.dtype(dtype)
     if config.span is None:
         span = suited_span(batch * heads, time // chunk, _multiprocessors())
