@@ -105,7 +105,8 @@ def prepare(
     recall = jnp.exp(jnp.where(first, before + (start[..., None] - m), -jnp.inf))
     kept = jnp.exp(after + (log_i - end[..., None]))
     floor = q_dim**0.5 * (lower_bound(m) if normalized else jnp.ones_like(m))
-    begin = lax.cummax(jnp.where(resets, jnp.arange(float(chunk)), 0.0), axis=resets.ndim - 1)
+    places = jnp.arange(chunk, dtype=jnp.float32)
+    begin = lax.cummax(jnp.where(resets, places, 0), axis=resets.ndim - 1)
     rows = [high - m, low, high - i_high, low - i_low, begin]
     return Gates(
         jnp.stack([*rows, recall, kept, floor], axis=-2),

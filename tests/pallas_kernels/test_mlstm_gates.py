@@ -79,6 +79,14 @@ def test_vmap_is_a_larger_batch():
     assert_close(mapped, np.asarray(mlstm(q, k, v, i, f, chunk_size=16), np.float64), 1e-6)
 
 
+def test_where_64_bits_are_enabled_kernels_get_32():
+    log_i, log_f = jnp.zeros((1, 20, 2), jnp.float32), jnp.full((1, 20, 2), -jnp.inf, jnp.float32)
+    options = {"chunk": 16, "stabilized": True, "normalized": True, "q_dim": 8}
+    with jax.enable_x64(True):
+        found = gates.prepare(log_i, log_f, jnp.zeros((1, 2), jnp.float32), **options)
+    assert found.rows.dtype == found.carry.dtype == found.stabilizer.dtype == jnp.float32
+
+
 def test_weights_of_a_long_forgetful_chunk_are_exact():
     """A difference of plain prefix sums would be wrong by 1e-4 here."""
     rng = np.random.default_rng(0)
