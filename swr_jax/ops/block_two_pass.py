@@ -8,8 +8,7 @@ Notation, after the paper (arXiv 2512.13921); every array has the axes [B, n, R,
     f           input; given as a tuple of *factors* whose product it is (b and v, say), so that no
                 product is ever written to memory
     p           carry-in of a block: the state before its first row
-    w           local states of a block: those reached from p = 0
-    C, V        product of a block's decays, and its last local state, the *carrier*
+    C, V        product of a block's decays, and the last state reached from p = 0, the *carrier*
     q           the carry-in of the reversed recurrence that the gradient is
 
 The two primitives are `reduce_block` (C and V of each block) and `exclusive_states` (the state
@@ -36,6 +35,8 @@ Factors = tuple[Array, ...]
 
 # Rows that one fused loop solves. Work per element grows with it, passes over memory shrink.
 ROWS = 16
+# Features (a power of two) that one fused loop sums: XLA's own reduction is slower for so few.
+_FEW_FEATURES = 32
 
 
 def fold(x: Array, rows: int, groups: int) -> Array:
@@ -198,6 +199,17 @@ def _sum_to(x: Array, like: Array) -> Array:
     return jnp.sum(x, axis=axes, keepdims=True).astype(like.dtype)
 
 
+def _sum_features(x: Array) -> Array:
+    """Sum an array that is kept over its last axis, which stays."""
+    features = x.shape[-1]
+    if features > _FEW_FEATURES or features & (features - 1):
+        return jnp.sum(x, axis=-1, keepdims=True)
+    while x.shape[-1] > 1:
+        left, right = jnp.split(x, 2, axis=-1)
+        x = left + right
+    return x
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def block_two_pass(
     lookback: int,
@@ -243,28 +255,26 @@ def _forward(lookback, dtype, a, v, gates, previous, local):
 def _backward(lookback, dtype, residuals, cotangents):
     """Gradient of `block_two_pass`: the same recurrence from right to left.
 
-    With dx the cotangent of x, s_i what reaches row i from its right, and q a block's carry-in
-    from the right (the cotangent of its carrier V):
+    With dx the cotangent of x, s_i what reaches row i from its right, h_i the state after row i and
+    p, q a block's carry-in from the left and from the right (the cotangent of its carrier V):
 
         s_{i-1} = a_i (s_i + dx_i),   s_last = q,   df_i = s_i + dx_i
         dp      = s before the first row, for q = 0;   (dC, dV) from dp through `carry_in`
-        da_i    = sum_d df_i w_{i-1}  +  gprev_i y_i
-        y_{i}   = (what reaches row i of  y from its right, dC at the last row)  +  sum_d dx_i p
+        da_i    = sum_d df_i h_{i-1}  +  (product of the block's other decays) (dC - sum_d q p)
 
-    where gprev_i is the product of the decays before row i. The last line is linear in dx, so it
-    is one more recurrence over scalars instead of one over features.
+    What passes the whole block, p to q, is in df_i h_{i-1}, but in no window, unless dC says so.
     """
     a, v, gates, previous, local, block_c, block_v = residuals
     dout, dc_outside, dv_outside = cotangents
     b, c = (None, None) if gates is None else gates
     factors = (v,) if gates is None else (b, v)
     dx = (dout,) if gates is None else (dout, c)
-    wide = a.astype(dtype)
 
     carry, pull = jax.vjp(
         functools.partial(carry_in, lookback=lookback), block_c, block_v, previous, local
     )
     if carry is None:
+        carry = jnp.zeros_like(block_v)
         dc, q, dprevious, dlocal = dc_outside, dv_outside, None, None
     else:
         carry = materialised(carry)
@@ -276,24 +286,24 @@ def _backward(lookback, dtype, residuals, cotangents):
         return functools.reduce(jnp.multiply, (f.astype(dtype) for f in fs))
 
     df = exclusive_states(a, (*dx, a), q, reverse=True) + whole(dx)
-    w_before = exclusive_states(a, factors, jnp.zeros_like(block_v))
-    df, w_before = materialised((df, w_before))
-    g_before = exclusive_states(a, (), jnp.ones_like(block_c))
-    if carry is None:
-        y = exclusive_states(a, (), dc, reverse=True)
+    before = exclusive_states(a, factors, carry)
+    if gates is None:
+        df = materialised(df)
+        da = _sum_features(materialised(df * before))
     else:
-        z = materialised(jnp.sum(whole(dx) * carry, axis=-1, keepdims=True))
-        y = exclusive_states(a, (z, wide), dc, reverse=True) + z
-    g_before, y = materialised((g_before, y))
-    da = jnp.sum(df * w_before, axis=-1, keepdims=True) + g_before * y
+        df, before = materialised((df, before))
+        da = jnp.sum(df * before, axis=-1, keepdims=True)
+    others = dc - jnp.sum(q * carry, axis=-1, keepdims=True)
+    others = exclusive_states(a, (), others, reverse=True)
+    others = materialised(others * exclusive_states(a, (), jnp.ones_like(block_c)))
+    da = da + others
 
     if gates is None:
         return da.astype(a.dtype), df.astype(v.dtype), None, dprevious, dlocal
     dout = dout.astype(dtype)
-    before = w_before if carry is None else w_before + g_before * carry
     dv = df * b.astype(dtype) + dout
     db = _sum_to(df * v.astype(dtype), b)
-    dgate = _sum_to(dout * (wide * before + whole(factors)), c)
+    dgate = _sum_to(dout * (a.astype(dtype) * before + whole(factors)), c)
     return da.astype(a.dtype), dv.astype(v.dtype), (db, dgate), dprevious, dlocal
 
 
