@@ -27,7 +27,7 @@ from pallas_kernels.mlstm import mosaic_gpu_outputs as outputs
 from pallas_kernels.mlstm import mosaic_gpu_pieces as pieces
 from pallas_kernels.mlstm import mosaic_gpu_rows as rows
 from pallas_kernels.mlstm.gradient import Passes, entry_point
-from pallas_kernels.mlstm.mosaic_gpu_pipeline import Problem
+from pallas_kernels.mlstm.mosaic_gpu_problem import Problem
 from pallas_kernels.mlstm.mosaic_gpu_states import walk
 from pallas_kernels.mlstm.tuning import (
     LONGEST_CHUNK,

@@ -20,18 +20,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mlstm import gates as rows_of
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
-    Place,
-    Problem,
     Stream,
-    Weights,
-    afresh,
     free_barriers,
     full_barriers,
     launch,
-    load_columns,
-    load_matrix,
     load_own,
     load_vector,
+    vector_copies,
+    warpgroups,
+)
+from pallas_kernels.mlstm.mosaic_gpu_problem import Place, Problem, rounds
+from pallas_kernels.mlstm.mosaic_gpu_rows import INVERSE, RATIO, TOLD
+from pallas_kernels.mlstm.mosaic_gpu_tiles import (
+    afresh,
+    load_columns,
+    load_matrix,
     matrices,
     opaque,
     over_columns,
@@ -39,19 +42,16 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     plus,
     product,
     products,
-    rounds,
     row_sums,
     store_directly,
     summed_products,
     tile_of,
     tiles_of,
     transposed,
-    vector_copies,
     vectors,
-    warpgroups,
     where,
 )
-from pallas_kernels.mlstm.mosaic_gpu_rows import INVERSE, RATIO
+from pallas_kernels.mlstm.mosaic_gpu_weights import Weights
 from pallas_kernels.mlstm.tuning import TILE, fitting_slots
 
 Array = jax.Array
@@ -67,7 +67,7 @@ COLUMN, OWN, KEPT = range(3)
 def gradient_slots(p: Problem) -> int:
     """Slots of `gradient`; 0: shared memory has no room."""
     size = p.dtype.itemsize
-    head = 2 * p.chunk * p.q_dim * size + 4 * (12 * p.chunk + p.q_dim)
+    head = 2 * p.chunk * p.q_dim * size + 4 * ((8 + len(TOLD)) * p.chunk + p.q_dim)
     fixed = head + p.chunk * TILE * size
     return fitting_slots(p.config, fixed, (2 * p.chunk + p.q_dim) * TILE * size)
 
@@ -80,7 +80,7 @@ def gradient(p: Problem, q, k, v, gates, told, dh, dmemories, dnormalizers) -> t
         q, k: [B, T, H, Dk].
         v: [B, T, H, Dv].
         gates: [B H N, 8, L], float32.
-        told: what `rows.gradient` tells, [B H N, 4, L], float32.
+        told: what `rows.gradient` tells, [B H N, 3, L], float32.
         dh: [B, T, H, Dv].
         dmemories: dC of every chunk, [B H N Dk, Dv].
         dnormalizers: dn of every chunk, [B H N, Dk], float32.
@@ -259,7 +259,7 @@ def gradient(p: Problem, q, k, v, gates, told, dh, dmemories, dnormalizers) -> t
         matrices(slots, p.q_dim, TILE, dtype=p.dtype),
         matrices(p.groups, TILE, TILE, dtype=p.dtype),
         vectors(8, p.chunk),
-        vectors(4, p.chunk),
+        vectors(len(TOLD), p.chunk),
         vectors(p.q_dim),
         full_barriers(1, p.groups + 3 + vector_copies(p.q_dim)),
         free_barriers(1, p.groups),

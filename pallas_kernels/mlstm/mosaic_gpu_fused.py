@@ -20,16 +20,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mlstm import gates as rows_of
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
-    MATRIX,
-    Problem,
     Stream,
-    Walk,
-    Weights,
-    accumulated,
     free_barriers,
     full_barriers,
-    inner_with_columns,
     launch,
+    warpgroups,
+)
+from pallas_kernels.mlstm.mosaic_gpu_problem import Problem, Walk
+from pallas_kernels.mlstm.mosaic_gpu_tiles import (
+    MATRIX,
+    accumulated,
+    inner_with_columns,
     load_columns,
     load_matrix,
     load_rows,
@@ -44,9 +45,9 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     transposed,
     untyped,
     vectors,
-    warpgroups,
     weighted_sum,
 )
+from pallas_kernels.mlstm.mosaic_gpu_weights import Weights
 from pallas_kernels.mlstm.tuning import LONGEST_CHUNK, TILE, fitting_slots, suited_pieces
 
 Array = jax.Array

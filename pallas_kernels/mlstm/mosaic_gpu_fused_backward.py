@@ -15,7 +15,8 @@ from pallas_kernels.mlstm import mosaic_gpu_fused_columns as columns
 from pallas_kernels.mlstm import mosaic_gpu_fused_rows as rows
 from pallas_kernels.mlstm import mosaic_gpu_pieces as pieces
 from pallas_kernels.mlstm.mosaic_gpu_flows import passed_by
-from pallas_kernels.mlstm.mosaic_gpu_pipeline import WIDEST_PRODUCT, Problem
+from pallas_kernels.mlstm.mosaic_gpu_problem import Problem
+from pallas_kernels.mlstm.mosaic_gpu_tiles import WIDEST_PRODUCT
 from pallas_kernels.mlstm.tuning import TILE, suited_pieces
 
 Array = jax.Array

@@ -25,22 +25,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mlstm import gates as rows_of
-from pallas_kernels.mlstm.mosaic_gpu_fused_rows import INVERSE, RATIO, READ
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
-    MATRIX,
-    Problem,
     Stream,
-    Walk,
-    Weights,
-    accumulated,
     free_barriers,
     full_barriers,
     launch,
+    meet,
+    warpgroups,
+)
+from pallas_kernels.mlstm.mosaic_gpu_problem import Problem, Walk
+from pallas_kernels.mlstm.mosaic_gpu_rows import INVERSE, RATIO, READ
+from pallas_kernels.mlstm.mosaic_gpu_tiles import (
+    MATRIX,
+    accumulated,
     load_columns,
     load_matrix,
     load_rows,
     matrices,
-    meet,
     opaque,
     over_columns,
     over_rows,
@@ -52,10 +53,10 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     transposed,
     untyped,
     vectors,
-    warpgroups,
     weighted_sum,
     where,
 )
+from pallas_kernels.mlstm.mosaic_gpu_weights import Weights
 from pallas_kernels.mlstm.tuning import TILE, fitting_slots
 
 Array = jax.Array

@@ -20,22 +20,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mlstm import gates as rows_of
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
-    MATRIX,
-    Problem,
     Stream,
-    Walk,
-    Weights,
-    accumulated,
     free_barriers,
     full_barriers,
+    launch,
+    meet,
+    warpgroups,
+)
+from pallas_kernels.mlstm.mosaic_gpu_problem import Problem, Walk
+from pallas_kernels.mlstm.mosaic_gpu_rows import INVERSE, RATIO, READ, TOLD, slope
+from pallas_kernels.mlstm.mosaic_gpu_tiles import (
+    MATRIX,
+    accumulated,
     inner_with_columns,
     inner_with_rows,
-    launch,
     load_columns,
     load_matrix,
     load_rows,
     matrices,
-    meet,
     opaque,
     over_columns,
     over_rows,
@@ -48,19 +50,17 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     transposed,
     untyped,
     vectors,
-    warpgroups,
     weighted_sum,
     where,
 )
-from pallas_kernels.mlstm.mosaic_gpu_rows import slope
+from pallas_kernels.mlstm.mosaic_gpu_weights import Weights
 from pallas_kernels.mlstm.tuning import TILE, fitting_slots
 
 Array = jax.Array
 Ref = jax.Ref
 
-# What the rows tell, by token: 1 / divisor, g / divisor and dd divisor, for the columns; the
-# cotangent of log g, and D_ROW of `gates`.
-INVERSE, READ, RATIO, RECALLED, ROW = range(5)
+# What the rows tell besides, by token: the cotangent of log g, and D_ROW of `gates`.
+RECALLED, ROW = range(len(TOLD), len(TOLD) + 2)
 
 # Sums that a warpgroup keeps in shared memory: over the columns of S and of X, and of their
 # diagonals alone; and over its part of Dk, for the other one too.
@@ -89,8 +89,8 @@ def gradient(
         memory, normalizer: C and n before the first chunk, [B H, Dk, Dv] and [B H, Dk], float32.
 
     Returns:
-        dq [B, T, H, Dk]; [B H N, 5, 64], float32, with the rows of this module; with G groups of a
-        sequence, C [B H G Dk, Dv] in q's dtype and n [B H G, Dk], float32.
+        dq [B, T, H, Dk]; [B H N, 5, 64], float32, with the rows of `TOLD` and of this module; with
+        G groups of a sequence, C [B H G Dk, Dv] in q's dtype and n [B H G, Dk], float32.
     """
     groups, depth = p.q_dim // TILE, slots(p)
     marks = pl.cdiv(p.chunks, every)
@@ -249,7 +249,7 @@ def gradient(
 
     out = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct((p.sequences * p.chunks, 5, TILE), jnp.float32),
+        jax.ShapeDtypeStruct((p.sequences * p.chunks, ROW + 1, TILE), jnp.float32),
         jax.ShapeDtypeStruct((p.sequences * marks * p.q_dim, p.v_dim), p.dtype),
         jax.ShapeDtypeStruct((p.sequences * marks, p.q_dim), jnp.float32),
     ]

@@ -18,18 +18,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mlstm import gates as rows_of
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
-    Place,
-    Problem,
     Stream,
-    Weights,
-    accumulated,
-    afresh,
     free_barriers,
     full_barriers,
-    inner_with_columns,
     launch,
     load_own,
     load_vector,
+    vector_copies,
+    warpgroups,
+)
+from pallas_kernels.mlstm.mosaic_gpu_problem import Place, Problem
+from pallas_kernels.mlstm.mosaic_gpu_tiles import (
+    accumulated,
+    afresh,
+    inner_with_columns,
     matrices,
     opaque,
     over_rows,
@@ -38,10 +40,9 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     tile_of,
     tiles_of,
     transposed,
-    vector_copies,
     vectors,
-    warpgroups,
 )
+from pallas_kernels.mlstm.mosaic_gpu_weights import Weights
 from pallas_kernels.mlstm.tuning import TILE, fitting_slots
 
 Array = jax.Array

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mlstm import gates as rows_of
-from pallas_kernels.mlstm.mosaic_gpu_fused_rows import RATIO, READ
-from pallas_kernels.mlstm.mosaic_gpu_pipeline import Problem
+from pallas_kernels.mlstm.mosaic_gpu_problem import Problem
+from pallas_kernels.mlstm.mosaic_gpu_rows import RATIO, READ
 from pallas_kernels.mlstm.mosaic_gpu_states import added
 
 Array = jax.Array

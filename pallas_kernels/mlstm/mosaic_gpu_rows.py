@@ -20,20 +20,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mlstm import gates as rows_of
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
-    WIDEST_PRODUCT,
-    Place,
-    Problem,
     Stream,
-    Weights,
-    afresh,
     free_barriers,
     full_barriers,
-    inner_with_columns,
-    inner_with_rows,
     launch,
-    load_columns,
     load_own,
     load_vector,
+    vector_copies,
+    warpgroups,
+)
+from pallas_kernels.mlstm.mosaic_gpu_problem import Place, Problem, rounds
+from pallas_kernels.mlstm.mosaic_gpu_tiles import (
+    WIDEST_PRODUCT,
+    afresh,
+    inner_with_columns,
+    inner_with_rows,
+    load_columns,
     matrices,
     opaque,
     over_columns,
@@ -41,25 +43,23 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     plus,
     product,
     products,
-    rounds,
     row_sums,
     store_directly,
     summed_products,
     tile_of,
     tiles_of,
     transposed,
-    vector_copies,
     vectors,
-    warpgroups,
     where,
 )
+from pallas_kernels.mlstm.mosaic_gpu_weights import Weights
 from pallas_kernels.mlstm.tuning import TILE, fitting_slots
 
 Array = jax.Array
 Ref = jax.Ref
 
-# What the rows tell the columns, by token: 1 / divisor, dd, g / divisor, dd divisor.
-INVERSE, D_DENOMINATOR, READ, RATIO = range(4)
+# What the rows tell the columns, by token: 1 / divisor, g / divisor, dd divisor.
+INVERSE, READ, RATIO = TOLD = range(3)
 
 # Up to this Dk, R has its place in registers beside S and dS.
 _NARROW = 128
@@ -118,7 +118,7 @@ def gradient(p: Problem, q, k, v, gates, memories, normalizers, dh) -> tuple[Arr
         dh: [B, T, H, Dv].
 
     Returns:
-        dq [B, T, H, Dk]; [B H N, 4, L], float32, with the rows of this module; D_ROW of `gates`,
+        dq [B, T, H, Dk]; [B H N, 3, L], float32, with the rows of this module; D_ROW of `gates`,
         [B H N, L], float32.
     """
     slots = gradient_slots(p)
@@ -238,7 +238,7 @@ def gradient(p: Problem, q, k, v, gates, memories, normalizers, dh) -> tuple[Arr
                 tokens = weights.own
                 index = place.index(item)
                 store_directly(d_row_gmem.at[index, tokens], d_row)
-                told = {INVERSE: inverse, D_DENOMINATOR: dd, READ: read, RATIO: dd * divisor}
+                told = {INVERSE: inverse, READ: read, RATIO: dd * divisor}
                 for row, number in told.items():
                     store_directly(told_gmem.at[index, row, tokens], number)
 
@@ -274,7 +274,7 @@ def gradient(p: Problem, q, k, v, gates, memories, normalizers, dh) -> tuple[Arr
     chunks = p.sequences * p.chunks
     out = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct((chunks, 4, p.chunk), jnp.float32),
+        jax.ShapeDtypeStruct((chunks, len(TOLD), p.chunk), jnp.float32),
         jax.ShapeDtypeStruct((chunks, p.chunk), jnp.float32),
     ]
     scratch = [

@@ -22,17 +22,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
-    MATRIX,
-    ROW,
-    Problem,
     Stream,
-    Walk,
-    accumulated,
     free_barriers,
     full_barriers,
     launch,
-    load_matrix,
     load_own,
+    warpgroups,
+)
+from pallas_kernels.mlstm.mosaic_gpu_problem import Problem, Walk
+from pallas_kernels.mlstm.mosaic_gpu_tiles import (
+    MATRIX,
+    ROW,
+    accumulated,
+    load_matrix,
     load_rows,
     matrices,
     over_rows,
@@ -41,7 +43,6 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     transposed,
     untyped,
     vectors,
-    warpgroups,
 )
 from pallas_kernels.mlstm.tuning import TILE, fitting_slots, state_tiles
 

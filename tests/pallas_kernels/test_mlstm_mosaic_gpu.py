@@ -20,7 +20,7 @@ from simulation import simulated_gpu
 
 from pallas_kernels.mlstm import gates, mosaic_gpu, mosaic_gpu_fused, mosaic_gpu_fused_backward
 from pallas_kernels.mlstm.gradient import Options, Passes
-from pallas_kernels.mlstm.mosaic_gpu_pipeline import Problem
+from pallas_kernels.mlstm.mosaic_gpu_problem import Problem
 from pallas_kernels.mlstm.tuning import TuningConfig, state_tiles, suited_pieces, suited_span
 
 TESTS = Path(__file__).parents[1]
