@@ -30,7 +30,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 import jax
 from absl import app, flags, logging
 
-from swr_jax.benchmark import records, report, suites, summary
+from swr_jax.benchmark import records, report, suites, summary, timing
 from swr_jax.benchmark.oracle import OracleError
 
 SUITE = flags.DEFINE_enum("suite", "cpu", list(suites.NAMES), "What to measure.")
@@ -66,6 +66,8 @@ def main(argv: list[str]) -> None:
         jax.config.update("jax_platforms", "cpu")
     elif SUITE.value == "device" and jax.default_backend() == "cpu" and not TINY.value:
         sys.exit("error: --suite=device: JAX sees no GPU or TPU here; --tiny runs it in small")
+    if SUITE.value in ("cpu", "decode"):
+        timing.prepare_allocator()  # before JAX has a device
     environment = report.environment(sys.argv[1:])
     if environment["load_average"] > BUSY:
         print(f"warning: the machine is busy (load average {environment['load_average']})")
