@@ -98,12 +98,11 @@ def run(sizes: Sizes, models: dict[str, LanguageModel] | None = None) -> Iterato
     Raises:
         OracleError: a greedy answer is not the argmax of the full forward pass.
     """
-    can_keep = timing.prepare_allocator()
     models = make_models(sizes) if models is None else models
     for name, model in models.items():
         check(name, model, sizes.window + 5)
     # Whoever generates keeps what was freed after a step for the next.
-    allocator = "kept" if can_keep and timing.keep_freed_memory() else "default"
+    allocator = "kept" if timing.keep_freed_memory() else "default"
     for context in sizes.contexts:
         yield {
             "case": f"context {context}",

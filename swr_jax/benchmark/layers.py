@@ -95,13 +95,12 @@ def run(
     Raises:
         OracleError: a layer is wrong; nothing has been timed then.
     """
-    can_keep = timing.prepare_allocator()
     layers = {features: make(features, sizes) for features in sizes.features}
     errors = {
         features: {name: check(name, layer, 2 * sizes.window) for name, layer in peers.items()}
         for features, peers in layers.items()
     }
-    allocator = "kept" if can_keep and timing.keep_freed_memory() else "default"
+    allocator = "kept" if timing.keep_freed_memory() else "default"
     for features, peers in layers.items():
         for tokens in sizes.tokens:
             for mode in MODES:

@@ -124,7 +124,6 @@ def run(sizes: Sizes, *, groups: Mapping[str, Mapping[str, Contestant]] = GROUPS
     Raises:
         OracleError: a contestant is wrong at some length; nothing has been timed then.
     """
-    can_keep = timing.prepare_allocator()
     checked = {
         (tokens, group): _compile_and_check(group, tokens, sizes, contestants)
         for tokens in sorted({*sizes.tokens, sizes.headline_tokens})
@@ -141,7 +140,7 @@ def run(sizes: Sizes, *, groups: Mapping[str, Mapping[str, Contestant]] = GROUPS
                     yield measurement
 
     yield from time((sizes.headline_tokens,), "default")
-    if can_keep and timing.keep_freed_memory():
+    if timing.keep_freed_memory():
         yield from time(sizes.tokens, "kept")
     else:
         yield from time(tuple(t for t in sizes.tokens if t != sizes.headline_tokens), "default")

@@ -169,14 +169,14 @@ def temporary_bytes(compiled: jax.stages.Compiled) -> int:
     return int(compiled.memory_analysis().temp_size_in_bytes)
 
 
-def prepare_allocator() -> bool:
+def prepare_allocator() -> None:
     """Make all threads share one heap, without which "kept" has no effect on XLA's threads.
 
     Call it before JAX has a device: its threads keep the heaps that they have, and one that is a
-    thread's own takes blocks of 64 MiB and more from the kernel at every call. Returns whether the
-    C library is glibc, the only one that can be set up so.
+    thread's own takes blocks of 64 MiB and more from the kernel at every call. Where the C library
+    is not glibc it does nothing, and `keep_freed_memory` is not possible.
     """
-    return _mallopt({_M_ARENA_MAX: 1})
+    _mallopt({_M_ARENA_MAX: 1})
 
 
 def keep_freed_memory() -> bool:
@@ -193,7 +193,7 @@ def keep_freed_memory() -> bool:
     size = min(_HEAP_BYTES, free // 4)
     block = libc.malloc(ctypes.c_size_t(size))
     if block is None:
-        return False
+        raise MemoryError(f"no heap of {size} bytes, a quarter of what the system says is free")
     ctypes.memset(block, 0xFF, size)
     libc.free(block)
     return True

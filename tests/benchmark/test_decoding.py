@@ -21,7 +21,7 @@ def models():
 @pytest.fixture(autouse=True)
 def allocator(monkeypatch):
     """Leaves this process's as it is."""
-    monkeypatch.setattr(timing, "prepare_allocator", lambda: False)
+    monkeypatch.setattr(timing, "keep_freed_memory", lambda: False)
 
 
 def caches(stream):

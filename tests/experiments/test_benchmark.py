@@ -153,7 +153,7 @@ def untimed(monkeypatch):
         raise AssertionError("timed although a check is red")
 
     monkeypatch.setattr(timing, "measure", refuse)
-    monkeypatch.setattr(timing, "prepare_allocator", lambda: False)
+    monkeypatch.setattr(timing, "keep_freed_memory", lambda: False)
 
 
 @jax.custom_vjp
