@@ -12,12 +12,12 @@ Notation, after the paper (arXiv 2512.13921); every array has the axes [B, n, R,
     q           the carry-in of the reversed recurrence that the gradient is
 
 The two primitives are `reduce_block` (C and V of each block) and `exclusive_states` (the state
-*before* each row). Both unroll 16 rows in such a way that XLA makes of each one loop which reads
-its inputs once and keeps every intermediate in registers: 16 multiply-adds an element, which is
+*before* each row). Both unroll 8 rows in such a way that XLA makes of each one loop which reads
+its inputs once and keeps every intermediate in registers: 8 multiply-adds an element, which is
 less than the memory traffic costs. What such a loop returns goes through `materialised`, or XLA
 would fuse it, and do it again, in each element of whatever reads it. Longer blocks are cut into
-sub-blocks of 16 whose carriers are solved by the same functions, so the exact recurrence over T
-tokens is log16(T) levels.
+sub-blocks of 8 whose carriers are solved by the same functions, so the exact recurrence over T
+tokens is log8(T) levels.
 
 Nothing here takes a logarithm or divides: a = 0 is exact. What lies outside the window never enters
 the arithmetic of a token, not even as NaN; another segment inside the window enters as 0 times a
@@ -34,7 +34,7 @@ Array = jax.Array
 Factors = tuple[Array, ...]
 
 # Rows that one fused loop solves. Work per element grows with it, passes over memory shrink.
-ROWS = 16
+ROWS = 8
 # Features (a power of two) that one fused loop sums: XLA's own reduction is slower for so few.
 _FEW_FEATURES = 32
 
@@ -51,6 +51,16 @@ def materialised(x):
 
 def _row(x: Array, j: int, dtype: jnp.dtype) -> Array:
     return lax.index_in_dim(x, j, axis=2, keepdims=True).astype(dtype)
+
+
+def _block_decay(a: Array, dtype: jnp.dtype) -> Array:
+    """Return C. Neighbours first: products of decays close to 1 so drop least in rounding."""
+    rows = [_row(a, j, dtype) for j in range(a.shape[2])]
+    while len(rows) > 1:
+        pairs = len(rows) // 2
+        products = [rows[2 * i] * rows[2 * i + 1] for i in range(pairs)]
+        rows = products + rows[2 * pairs :]
+    return rows[0]
 
 
 def _advance(a: Array, factors: Factors, h: Array, j: int) -> Array:
@@ -101,7 +111,7 @@ def reduce_block(a: Array, factors: Factors, *, dtype: jnp.dtype, reverse: bool 
         c, v = (x.reshape(x.shape[0], blocks, -1, *x.shape[3:]) for x in (c, v))
         return reduce_block(c, (v,), dtype=dtype, reverse=reverse)
     order = _order(rows, reverse)
-    c = functools.reduce(jnp.multiply, (_row(a, j, dtype) for j in order))
+    c = _block_decay(a, dtype)
     first = functools.reduce(jnp.multiply, (_row(f, order[0], dtype) for f in factors))
     v = functools.reduce(lambda h, j: _advance(a, factors, h, j), order[1:], first)
     return materialised((c, v))
@@ -129,8 +139,7 @@ def exclusive_states(a: Array, factors: Factors, carry: Array, *, reverse: bool 
             c, v = reduce_block(sub_a, sub_factors, dtype=carry.dtype, reverse=reverse)
             v = (v.reshape(v.shape[0], blocks, -1, *v.shape[3:]),)
         else:
-            rows_of_c = (_row(sub_a, j, carry.dtype) for j in range(ROWS))
-            c, v = materialised(functools.reduce(jnp.multiply, rows_of_c)), ()
+            c, v = materialised(_block_decay(sub_a, carry.dtype)), ()
         c = c.reshape(c.shape[0], blocks, -1, *c.shape[3:])
         carries = materialised(exclusive_states(c, v, carry, reverse=reverse))
         carries = carries.reshape(carries.shape[0], -1, 1, *carries.shape[3:])

@@ -125,7 +125,7 @@ def _newest(x: np.ndarray) -> np.ndarray:
     return x[:, 0] if x.ndim == 4 else x
 
 
-# Lengths 1, l - 1, l, l + 1, 2 l, 3 l + 5 and primes; blocks of more than 16 rows and the exact
+# Lengths 1, l - 1, l, l + 1, 2 l, 3 l + 5 and primes; blocks of more than 8 rows and the exact
 # recurrence take the hierarchical path.
 CASES = [
     Case(1, 16, 1, 1, 1),
