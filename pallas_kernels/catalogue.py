@@ -63,6 +63,7 @@ _MODULES = (
     "pallas_kernels.swr.entries_gpu",
     "pallas_kernels.swr.entries_tpu",
     "pallas_kernels.mlstm.entries_tpu",
+    "pallas_kernels.gated_delta.entries_tpu",
 )
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mlstm.mosaic_tpu_chunk import Plan
+from pallas_kernels.mlstm.mosaic_tpu_chunk import Plan, Tiling
 from pallas_kernels.mlstm.tuning_tpu import LANES, VMEM_BUDGET
 
 Array = jax.Array
@@ -25,7 +25,7 @@ class Call:
         last_first: whether chunks come from the last to the first.
     """
 
-    plan: Plan
+    plan: Tiling
     batch: int
     heads: int
     last_first: bool = False

@@ -31,8 +31,8 @@ CHUNK_AXIS = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a kernel body is specialised for.
+class Tiling:
+    """What a kernel body that walks over chunks is specialised for.
 
     Attributes:
         heads: of one program.
@@ -40,9 +40,7 @@ class Plan:
         together: chunks of one grid step, at most.
         chunk: L, a multiple of 128.
         q_dim, v_dim: Dk and Dv, multiples of 128.
-        normalized: whether h is divided by max(|d|, floor), or by the floor alone.
         dtype: of the products' operands.
-        columns: of a product's result that are held at a time.
     """
 
     heads: int
@@ -51,9 +49,7 @@ class Plan:
     chunk: int
     q_dim: int
     v_dim: int
-    normalized: bool
     dtype: jnp.dtype
-    columns: int
 
     @property
     def steps(self) -> int:
@@ -65,6 +61,19 @@ class Plan:
         if self.chunks % self.together == 0:
             return self.together
         return jnp.minimum(self.together, self.chunks - group * self.together)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Tiling):
+    """What the bodies of the mLSTM's kernels are specialised for.
+
+    Attributes:
+        normalized: whether h is divided by max(|d|, floor), or by the floor alone.
+        columns: of a product's result that are held at a time.
+    """
+
+    normalized: bool
+    columns: int
 
 
 def dot(x: Array, y: Array, contract: tuple[int, int]) -> Array:
@@ -255,7 +264,7 @@ def read_chunk(
 class HeadView:
     """Some tokens of one head in a block [1, tokens, heads * D], as a matrix [L, D]."""
 
-    def __init__(self, plan: Plan, ref: Any, chunk: Array, head: int, size: int):
+    def __init__(self, plan: Tiling, ref: Any, chunk: Array, head: int, size: int):
         self._ref, self._first = ref, head * size
         self._tokens = pl.multiple_of(chunk * plan.chunk, plan.chunk)
         self._shape = plan.chunk, size
@@ -274,7 +283,7 @@ class HeadView:
         self._ref[self._at(where)] = value.astype(self._ref.dtype)
 
 
-def walk_chunks(plan: Plan, last_first: bool, body: Callable[[int | Array, Array], None]) -> None:
+def walk_chunks(plan: Tiling, last_first: bool, body: Callable[[int | Array, Array], None]) -> None:
     """Call `body` with each chunk of this step, by its place in the step and in the sequence."""
     step = pl.program_id(CHUNK_AXIS)
     group = plan.steps - 1 - step if last_first else step

@@ -12,18 +12,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from swr_jax.ops import gated_delta_chunk as xla
 from swr_jax.ops import gated_delta_validation as validation
-from swr_jax.ops.dispatch import candidates, target
+from swr_jax.ops.dispatch import by_first_able, candidates
+from swr_jax.ops.gated_delta_evaluation import evaluate
 from swr_jax.ops.gated_delta_sharded import empty_memory, over_mesh
+from swr_jax.ops.mlstm_sharded import with_state_over_mesh
 from swr_jax.ops.recurrence import reset_decays
-from swr_jax.ops.sharded import split_of
+from swr_jax.ops.sharded import split_of, varying_alike
 
 Array = jax.Array
-
-# Chunks prepared together on accelerators; a CPU is fastest, and leanest, with one at a time. For
-# TPUs the compiler estimates half the cycles of one at a time.
-_GROUP = 8
 
 
 @jax.tree_util.register_dataclass
@@ -84,14 +81,15 @@ def gated_delta_rule(
         v: values [B, T, H, Dv].
         alpha: decays [B, T, H], normally in [0, 1]; not their logarithms.
         beta: writing strengths [B, T, H].
-        chunk_size: tokens that are solved together, a power of two. The result does not depend on
-            it: smaller chunks keep more states for the backward pass, larger ones do more
-            arithmetic.
+        chunk_size: tokens that are solved together by XLA, a power of two. The result does not
+            depend on it: smaller chunks keep more states for the backward pass, larger ones do
+            more arithmetic. The kernels' chunks have 128 tokens.
         initial_state: from an earlier call, or from `GatedDeltaState.zeros`; None: zero.
         segment_ids: integers [B, T]; where they change from one token to the next the memory is
             cleared, exactly. The first token continues `initial_state` in any case.
         return_state: also return the state after the last token.
-        implementation: "xla", or None for the best one that there is.
+        implementation: None for the best that the device has, or "xla" or "mosaic_tpu", which
+            then never falls back on another.
 
     Returns:
         o [B, T, H, Dv] in v's dtype; with `return_state`, the pair (o, GatedDeltaState).
@@ -99,7 +97,7 @@ def gated_delta_rule(
     Raises:
         ValueError: a rank, size, dtype or option that the above rules out, or an implementation
             that does not exist or that the device lacks.
-        NotImplementedError: the named implementation has no gated delta rule.
+        NotImplementedError: the implementation that is named does not cover the case.
     """
     validation.check_inputs(
         q,
@@ -111,24 +109,25 @@ def gated_delta_rule(
         initial_state=initial_state,
         segment_ids=segment_ids,
     )
-    if "xla" not in candidates(implementation):
-        raise NotImplementedError(f'{implementation=}: the gated delta rule has only "xla"')
+    names = candidates(implementation)
     if segment_ids is not None:
         alpha = reset_decays(alpha, segment_ids)
     arrays = (q, k, v, alpha, beta)
     dtype = functools.reduce(jnp.promote_types, (x.dtype for x in arrays), jnp.dtype(jnp.float32))
-    group = 1 if target().platform == "cpu" else _GROUP
 
-    def evaluate(*arguments):
-        chunk = min(chunk_size, 1 << (arguments[1].shape[1] - 1).bit_length())
-        return xla.gated_delta_rule(*arguments, chunk=chunk, group=group)
+    def evaluated(*arguments):
+        arguments = varying_alike(*arguments)
+        return by_first_able(names, lambda name: evaluate(name, *arguments, chunk_size=chunk_size))
 
-    if initial_state is None and not return_state and (split := split_of(*alpha.shape)):
-        return over_mesh(evaluate, split, *arrays, dtype=dtype)
+    split = split_of(*alpha.shape)
+    if split is not None and initial_state is None and not return_state:
+        return over_mesh(evaluated, split, *arrays, dtype=dtype)
+    if split is not None and split.sequence == 1:
+        evaluated = with_state_over_mesh(evaluated, split)
     memory = empty_memory(k, v, alpha + beta, dtype)
     if initial_state is not None:
         memory = memory + initial_state.memory.astype(dtype)
-    o, memory = evaluate(*arrays, memory)
+    o, memory = evaluated(*arrays, memory)
     return (o, GatedDeltaState(memory)) if return_state else o
 
 

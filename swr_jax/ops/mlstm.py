@@ -24,7 +24,7 @@ from swr_jax.ops.mlstm_chunkwise import Options, State
 from swr_jax.ops.mlstm_evaluation import evaluate
 from swr_jax.ops.mlstm_sharded import over_mesh, with_state_over_mesh
 from swr_jax.ops.mlstm_state import MLSTMState
-from swr_jax.ops.sharded import split_of
+from swr_jax.ops.sharded import split_of, varying_alike
 
 Array = jax.Array
 
@@ -102,7 +102,7 @@ def mlstm(
     names = candidates(implementation)
 
     def evaluated(*arguments):
-        arguments = _varying_alike(*arguments)
+        arguments = varying_alike(*arguments)
         return by_first_able(names, lambda name: evaluate(name, options, *arguments))
 
     def empty(q, v):
@@ -217,19 +217,3 @@ def _enter(state: MLSTMState, input_gate: str, dtype: jnp.dtype) -> tuple[Array,
         return memory, normalizer, m
     scale = jnp.exp(m)
     return scale[..., None, None] * memory, scale[..., None] * normalizer, jnp.zeros_like(m)
-
-
-def _varying_alike(*arguments):
-    """Let all arrays vary over every manual mesh axis that one of them varies over.
-
-    Inside `jax.shard_map` a scan needs it of what it carries, and a custom gradient of its
-    cotangents; the conversion itself sums the cotangents of what did not vary.
-    """
-    leaves = jax.tree.leaves(arguments)
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
-
-    def vary(x: Array) -> Array:
-        missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(vary, arguments)

@@ -75,6 +75,22 @@ def reach_of(block_size: int, lookback: int | None) -> int:
     return 1 if lookback is None else (lookback + 1) * block_size
 
 
+def varying_alike(*arguments):
+    """Let all arrays vary over every manual mesh axis that one of them varies over.
+
+    Inside `jax.shard_map` a scan needs it of what it carries, and a custom gradient of its
+    cotangents; the conversion itself sums the cotangents of what did not vary.
+    """
+    leaves = jax.tree.leaves(arguments)
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
+
+    def vary(x: Array) -> Array:
+        missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, arguments)
+
+
 def tokens_before(x: Array, count: int, parts: int) -> Array:
     """Return the `count` tokens before this device's [B, t, ...], zeros where there are none.
 

@@ -109,11 +109,9 @@ def test_implementations_are_known_and_never_replaced(monkeypatch):
         gated_delta_rule(**GOOD, implementation="cuda")
     with raises("implementation='mosaic_tpu': not available on"):
         gated_delta_rule(**GOOD, implementation="mosaic_tpu")
-    monkeypatch.setattr(
-        "swr_jax.ops.gated_delta.candidates", lambda name: (name,) if name else ("xla",)
-    )
-    with pytest.raises(NotImplementedError, match="the gated delta rule has only"):
-        gated_delta_rule(**GOOD, implementation="mosaic_tpu")
+    monkeypatch.setattr("swr_jax.ops.gated_delta.candidates", lambda name: (name,))
+    with pytest.raises(NotImplementedError, match="mosaic_gpu: the gated delta rule has kernels"):
+        gated_delta_rule(**GOOD, implementation="mosaic_gpu")
 
 
 def test_errors_come_while_tracing():

@@ -1,9 +1,10 @@
-"""The TPU kernels of the mLSTM compiled by the TPU's own compiler, with no TPU at hand."""
+"""TPU kernels of the mLSTM and of the gated delta rule, compiled by the TPU's own compiler."""
 
 import pytest
 
 from pallas_kernels import targets
-from pallas_kernels.mlstm.entries_tpu import entries
+from pallas_kernels.gated_delta import entries_tpu as gated_delta
+from pallas_kernels.mlstm import entries_tpu as mlstm
 
 pytestmark = pytest.mark.targets
 
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.targets
     ("entry", "chip"),
     [
         pytest.param(entry, chip, id=f"{entry.name}-{chip}")
-        for entry in entries()
+        for entry in (*mlstm.entries(), *gated_delta.entries())
         for chip in entry.chips
     ],
 )

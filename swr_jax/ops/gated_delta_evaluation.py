@@ -1,0 +1,54 @@
+"""A validated gated delta rule by each of the implementations: XLA's chunks, or a kernel."""
+
+import jax
+import jax.numpy as jnp
+
+from swr_jax.ops import gated_delta_chunk as xla
+from swr_jax.ops.dispatch import target
+
+Array = jax.Array
+
+# Chunks prepared together on accelerators; a CPU is fastest, and leanest, with one at a time. For
+# TPUs the compiler estimates half the cycles of one at a time.
+_GROUP = 8
+
+
+def evaluate(
+    implementation: str,
+    q: Array | None,
+    k: Array,
+    v: Array,
+    alpha: Array,
+    beta: Array,
+    memory: Array,
+    *,
+    chunk_size: int,
+) -> tuple[Array | None, Array]:
+    """Return o [B, T, H, Dv], None without q, and the memory after the last token.
+
+    Args:
+        implementation: "xla", "mosaic_gpu" or "mosaic_tpu".
+        q, k, v, alpha, beta: as `gated_delta_rule` takes them, resets in alpha; or no q.
+        memory: [B, H, Dk, Dv] before the first token, in the dtype of the maths.
+        chunk_size: of XLA's form; kernels have chunks of their own.
+
+    Raises:
+        NotImplementedError: this implementation does not cover the case.
+    """
+    if implementation == "xla":
+        chunk = min(chunk_size, 1 << (k.shape[1] - 1).bit_length())
+        group = 1 if target().platform == "cpu" else _GROUP
+        return xla.gated_delta_rule(q, k, v, alpha, beta, memory, chunk=chunk, group=group)
+    if implementation == "mosaic_gpu":
+        raise NotImplementedError("the gated delta rule has kernels for TPUs only")
+    if memory.dtype != jnp.float32:
+        raise NotImplementedError(f"the maths is in {memory.dtype}: kernels have float32")
+    from pallas_kernels.gated_delta import mosaic_tpu  # Pallas takes long to import.
+
+    read = k if q is None else q
+    dtype = jnp.result_type(read, k, v)
+    gates = (x.astype(jnp.float32) for x in (alpha, beta))
+    o, memory = mosaic_tpu.gated_delta_rule(
+        *(x.astype(dtype) for x in (read, k, v)), *gates, memory
+    )
+    return None if q is None else o.astype(v.dtype), memory
