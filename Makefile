@@ -91,6 +91,7 @@ report:
 	.venv-targets/bin/python experiments/kernel_report.py --platform=tpu $(ARGS)
 	.venv-targets/bin/python experiments/tpu_baselines.py $(ARGS)
 	.venv-targets/bin/python experiments/tpu_baselines.py --operator=mlstm $(ARGS)
+	.venv-targets/bin/python experiments/tpu_baselines.py --operator=gated_delta $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV_PYTHON) -m ruff check .

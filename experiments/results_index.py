@@ -23,7 +23,7 @@ import swap_report
 import training_report
 from absl import app, flags
 
-from swr_jax.benchmark import mlstm_tpu_baselines, predictions, tpu_baselines
+from swr_jax.benchmark import chunkwise_tpu_baselines, predictions, tpu_baselines
 from swr_jax.benchmark.device import report as device_report
 from swr_jax.eval import report as evaluation
 
@@ -51,9 +51,10 @@ def against_scans() -> str:
     return tpu_baselines.table(read("tpu_baselines")["predictions"], HEADLINE)
 
 
-def against_xla() -> str:
-    """The mLSTM's TPU kernels beside XLA's chunkwise form."""
-    return mlstm_tpu_baselines.table(read("mlstm_tpu_baselines")["predictions"], HEADLINE)
+def against_xla(operator: str) -> str:
+    """The TPU kernels of a matrix memory beside XLA's chunkwise form."""
+    record = read(f"{operator}_tpu_baselines")
+    return chunkwise_tpu_baselines.table(record["predictions"], HEADLINE)
 
 
 def spread(value: Mapping) -> str:
@@ -246,7 +247,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "kernels_gpu": lambda: kernels("gpu", "h100"),
     "kernels_tpu": lambda: kernels("tpu", "v5e"),
     "tpu_baselines": against_scans,
-    "mlstm_tpu_baselines": against_xla,
+    "mlstm_tpu_baselines": lambda: against_xla("mlstm"),
+    "gated_delta_tpu_baselines": lambda: against_xla("gated_delta"),
     "compare_mixers": lambda: comparison.table(read("compare_mixers")),
     "compare_ablations": lambda: comparison.table(read("compare_ablations")),
     "evaluate": lambda: evaluation.table(read("evaluate")),

@@ -2,25 +2,76 @@
 
     python experiments/tpu_baselines.py
     python experiments/tpu_baselines.py --operator=mlstm
+    python experiments/tpu_baselines.py --operator=gated_delta
 
-Needs the compilers (`make report` sets them up and runs both). Writes tpu_baselines.json or
-mlstm_tpu_baselines.json and its .png into --out and prints a table. What is compared and how: the
-modules of these names in swr_jax/benchmark, repeated in the JSON.
+Needs the compilers (`make report` sets them up and runs all three). Writes tpu_baselines.json,
+mlstm_tpu_baselines.json or gated_delta_tpu_baselines.json and its .png into --out and prints a
+table. What is compared and how: the modules of these names in swr_jax/benchmark and
+chunkwise_tpu_baselines.py, repeated in the JSON.
 """
 
 import concurrent.futures
+import functools
 import json
 import multiprocessing
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import jax
 from absl import app, flags
 
-from swr_jax.benchmark import mlstm_tpu_baselines, report, tpu_baselines
+from swr_jax.benchmark import (
+    chunkwise_tpu_baselines,
+    gated_delta_tpu_baselines,
+    mlstm_tpu_baselines,
+    report,
+    tpu_baselines,
+)
 from swr_jax.benchmark.plots import predictions as plots
 
-OPERATORS = {"recurrence": tpu_baselines, "mlstm": mlstm_tpu_baselines}
+
+class Baselines(NamedTuple):
+    """What is compared: predictions of a chip and a contestant, their table and their picture."""
+
+    name: str
+    protocol: str
+    chips: tuple[str, ...]
+    contestants: tuple[str, ...]
+    predict: Callable[[str, str], Iterator[dict]]
+    table: Callable[[list[dict], int], str]
+    draw: Callable[[dict, Path], None]
+
+
+def chunkwise(module: ModuleType, title: str) -> Baselines:
+    """The baselines of a matrix memory."""
+    general = chunkwise_tpu_baselines
+    return Baselines(
+        module.__name__.rpartition(".")[2],
+        f"{general.__doc__} {module.__doc__}",
+        general.CHIPS,
+        general.CONTESTANTS,
+        functools.partial(general.predict, module.OPERATOR),
+        general.table,
+        functools.partial(plots.chunkwise_tpu_baselines, title),
+    )
+
+
+OPERATORS = {
+    "recurrence": Baselines(
+        "tpu_baselines",
+        tpu_baselines.__doc__,
+        tpu_baselines.CHIPS,
+        tuple(tpu_baselines.CONTESTANTS),
+        tpu_baselines.predict,
+        tpu_baselines.table,
+        plots.tpu_baselines,
+    ),
+    "mlstm": chunkwise(mlstm_tpu_baselines, "mLSTM"),
+    "gated_delta": chunkwise(gated_delta_tpu_baselines, "Gated delta rule"),
+}
 
 OPERATOR = flags.DEFINE_enum("operator", "recurrence", list(OPERATORS), "What is compared.")
 OUT = flags.DEFINE_string("out", "experiments/results", "Folder for the results, made if missing.")
@@ -39,14 +90,13 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected argument {argv[1]!r}: options begin with --")
     jax.config.update("jax_platforms", "cpu")
     baselines = OPERATORS[OPERATOR.value]
-    name = baselines.__name__.rpartition(".")[2]
     record = {
         "environment": report.environment(sys.argv[1:]),
-        "protocol": " ".join(baselines.__doc__.split()),
+        "protocol": " ".join(baselines.protocol.split()),
         "predictions": [],
     }
     tasks = [
-        (OPERATOR.value, chip, kind) for chip in baselines.CHIPS for kind in baselines.CONTESTANTS
+        (OPERATOR.value, chip, kind) for chip in baselines.chips for kind in baselines.contestants
     ]
     with concurrent.futures.ProcessPoolExecutor(
         1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
@@ -56,9 +106,9 @@ def main(argv: list[str]) -> None:
             print("compiled for", *task[1:], flush=True)
     out = Path(OUT.value)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{name}.json"
+    path = out / f"{baselines.name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    getattr(plots, name)(record, path.with_suffix(".png"))
+    baselines.draw(record, path.with_suffix(".png"))
     print(f"\n{baselines.table(record['predictions'], SHOWN)}\n\nwrote {path} and its picture")
 
 

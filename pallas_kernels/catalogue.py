@@ -1,6 +1,7 @@
 """Our kernels at their reference shape, with what they are allowed to cost.
 
-The reference shape is B 8, T 8192, H 128, D 16, bf16; of the mLSTM's kernels, H 16, Dk 128, Dv 256.
+The reference shape is B 8, T 8192, H 128, D 16, bf16; of the kernels of the mLSTM and of the gated
+delta rule, H 16, Dk 128, Dv 256.
 `python -m pallas_kernels.targets --chip=h100` compiles every entry of the chip's platform and holds
 it to its budget.
 
@@ -56,7 +57,8 @@ from pallas_kernels.targets import (
 __all__ = ["Budget", "Entry", "Launch", "check", "default_budget", "entries"]
 
 BATCH, TIME, HEADS, FEATURES = 8, 8192, 128, 16
-SHAPES = f"B {BATCH}, T {TIME}, H {HEADS}, D {FEATURES} (mLSTM: H 16, Dk 128, Dv 256), bfloat16"
+_MATRIX_MEMORIES = "mLSTM, gated delta rule: H 16, Dk 128, Dv 256"
+SHAPES = f"B {BATCH}, T {TIME}, H {HEADS}, D {FEATURES} ({_MATRIX_MEMORIES}), bfloat16"
 
 _MODULES = (
     "pallas_kernels.mlstm.entries_gpu",

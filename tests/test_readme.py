@@ -85,6 +85,7 @@ def results_index():
         *("kernels_gpu", "kernels_tpu", "tpu_baselines", "compare_mixers", "compare_ablations"),
         *("swap", "swax_recall", "compare_windows", "evaluate", "evaluate_full"),
         *("cpu_recurrence", "cpu_copy", "cpu_layers", "h100_targets", "mlstm_tpu_baselines"),
+        "gated_delta_tpu_baselines",
     ],
 )
 def test_figures_are_those_of_the_committed_files(results_index, name):

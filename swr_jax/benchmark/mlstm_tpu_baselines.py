@@ -1,142 +1,31 @@
-"""The TPU kernels of the mLSTM beside XLA's chunkwise form, as the TPU's compiler predicts.
+"""The mLSTM with exponential gates, normalised, in chunks of 128 tokens."""
 
-At a constant number of tokens, T from 2k to 64k, 16 heads of 128 and 256 features, chunks of 128,
-bfloat16 in and out, float32 gates and states. XLA's programs are given the time that their
-compiler estimates; kernels the largest of memory, matrix and issue time, and XLA's estimate of what
-is beside them, the gates' maths above all. Arguments are as projections write them, [B, T, H D].
-Forward and backward together return the outputs, the last state and every gradient; the floor
-counts arguments read once and results written once.
-"""
-
-from collections.abc import Callable, Iterator
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import targets
 from pallas_kernels.mlstm.gradient import Options
 from pallas_kernels.mlstm.mosaic_tpu_calls import plan_for
 from pallas_kernels.mlstm.tuning_tpu import TuningConfig
+from swr_jax.benchmark import chunkwise_tpu_baselines as chunkwise
 from swr_jax.ops import mlstm_chunkwise, mlstm_evaluation
 
-TOKENS, HEADS, Q_DIM, V_DIM, CHUNK = 65536, 16, 128, 256, 128
-LENGTHS = (2048, 8192, 65536)
-CHIPS = ("v5e", "v5p", "v6e")
-MODES = ("forward", "forward+backward")
-XLA, KERNELS = CONTESTANTS = ("XLA, chunkwise", "kernels")
-_IMPLEMENTATIONS = {XLA: "xla", KERNELS: "mosaic_tpu"}
+_CHUNK = 128
 
 
-def _arguments(length: int) -> tuple:
-    """q, k, v, logarithms of the gates, the first state."""
-    batch = TOKENS // length
-
-    def struct(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct((batch, *shape), dtype)
-
-    q, v = (struct(length, HEADS * size, dtype=jnp.bfloat16) for size in (Q_DIM, V_DIM))
-    gate = struct(length, HEADS)
-    state = struct(HEADS, Q_DIM, V_DIM), struct(HEADS, Q_DIM), struct(HEADS)
-    return q, q, v, gate, gate, mlstm_chunkwise.State(*state)
+def _rule(implementation: str, *arrays):
+    options = mlstm_chunkwise.Options(_CHUNK, True, True, jnp.dtype(jnp.float32))
+    return mlstm_evaluation.evaluate(implementation, options, *arrays)
 
 
-def _by_head(x: jax.Array) -> jax.Array:
-    return x.reshape(*x.shape[:2], HEADS, -1)
+def _state(memory: jax.ShapeDtypeStruct) -> mlstm_chunkwise.State:
+    shapes = (memory.shape[:3], memory.shape[:2])
+    return mlstm_chunkwise.State(memory, *(memory.update(shape=shape) for shape in shapes))
 
 
-def _program(contestant: str, mode: str) -> Callable:
-    options = mlstm_chunkwise.Options(CHUNK, True, True, jnp.dtype(jnp.float32))
-
-    def forward(q, k, v, log_i, log_f, state):
-        arrays = *map(_by_head, (q, k, v)), log_i, log_f, state
-        h, state = mlstm_evaluation.evaluate(_IMPLEMENTATIONS[contestant], options, *arrays)
-        return h.reshape(*h.shape[:2], -1), state
-
-    def both(*arguments):
-        *arguments, dh, dstate = arguments
-        results, pull = jax.vjp(forward, *arguments)
-        return results, pull((dh, dstate))
-
-    return forward if mode == "forward" else both
-
-
-def _launches(chip: str, q: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct) -> tuple:
-    """How often the kernels' loops run, all three alike: over the grid, and over chunks of a step.
-
-    The grid's loop has two turns more than steps, which fetch and write; cores share the steps.
-    """
-    options = Options(CHUNK, True, True, TuningConfig())
-    by_head = [jax.eval_shape(_by_head, x) for x in (q, q, v)]
-    plan = plan_for(options, *by_head)
-    steps = q.shape[0] * (HEADS // plan.heads) * plan.steps // targets.CHIPS[chip].cores
-
-    def trip_counts(loops):
-        return [steps + 2 if loop.depth == 1 else plan.together for loop in loops]
-
-    return (targets.Launch(trip_counts=trip_counts),)
-
-
-def predict(chip: str, contestant: str) -> Iterator[dict]:
-    """Yield predictions for a chip; a process can do one contestant only.
-
-    Args:
-        chip: one of `CHIPS`.
-        contestant: one of `CONTESTANTS`.
-    """
-    for length in LENGTHS:
-        for mode in MODES:
-            arguments = _arguments(length)
-            program = _program(contestant, mode)
-            if mode != "forward":
-                arguments = (*arguments, arguments[2], arguments[-1])
-            if contestant == XLA:
-                report = targets.compile_program(chip, program, *arguments, name=contestant)
-                seconds = report.cycles_seconds
-            else:
-                launches = _launches(chip, arguments[0], arguments[2])
-                report = targets.compile_for(
-                    chip, program, *arguments, launches=launches, name=contestant
-                )
-                seconds = report.seconds
-            least = report.argument_bytes + report.output_bytes
-            yield {
-                "chip": chip,
-                "tokens": length,
-                "batch": arguments[0].shape[0],
-                "mode": mode,
-                "contestant": contestant,
-                "seconds": seconds,
-                "seconds_beside_kernels": getattr(report, "xla_seconds", None),
-                "floor_seconds": least / report.chip.hbm_bytes_per_second,
-                "temporary_bytes": report.temporary_bytes,
-                "jax": report.jax_version,
-            }
-
-
-def table(predictions: list[dict], tokens: int) -> str:
-    """Markdown: times, their ratio and memory at one length."""
-    lines = [
-        "| chip | | XLA, chunkwise, us | kernels, us | times faster | kernels over the floor "
-        "| temporary memory of XLA, of the kernels |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for chip in CHIPS:
-        for mode in MODES:
-            found = {
-                row["contestant"]: row
-                for row in predictions
-                if (row["chip"], row["mode"], row["tokens"]) == (chip, mode, tokens)
-            }
-            xla, kernels = (found[name] for name in CONTESTANTS)
-            cells = (
-                chip,
-                mode,
-                f"{xla['seconds'] * 1e6:,.0f}",
-                f"{kernels['seconds'] * 1e6:,.0f}",
-                f"{xla['seconds'] / kernels['seconds']:.1f}",
-                f"{kernels['seconds'] / kernels['floor_seconds']:.1f}",
-                f"{xla['temporary_bytes'] / 2**30:.2f} GiB, "
-                f"{kernels['temporary_bytes'] / 2**30:.2f} GiB",
-            )
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+OPERATOR = chunkwise.Operator(
+    rule=_rule,
+    state=_state,
+    tiling=functools.partial(plan_for, Options(_CHUNK, True, True, TuningConfig())),
+)

@@ -10,7 +10,7 @@ Array = jax.Array
 
 # Chunks prepared together on accelerators; a CPU is fastest, and leanest, with one at a time. For
 # TPUs the compiler estimates half the cycles of one at a time.
-_GROUP = 8
+GROUP = 8
 
 
 def evaluate(
@@ -37,7 +37,7 @@ def evaluate(
     """
     if implementation == "xla":
         chunk = min(chunk_size, 1 << (k.shape[1] - 1).bit_length())
-        group = 1 if target().platform == "cpu" else _GROUP
+        group = 1 if target().platform == "cpu" else GROUP
         return xla.gated_delta_rule(q, k, v, alpha, beta, memory, chunk=chunk, group=group)
     if implementation == "mosaic_gpu":
         raise NotImplementedError("the gated delta rule has kernels for TPUs only")

@@ -55,6 +55,7 @@ def shapes(batch, time, heads, q_dim, v_dim, dtype, sharding=lambda *_: None):
         (1, 300, 3, 64, 64, jnp.bfloat16),
         (1, 130, 5, 40, 200, jnp.float16),
         (1, 1024, 2, 256, 512, jnp.bfloat16),
+        (1, 256, 1, 512, 512, jnp.float32),
         (1, 1, 1, 1, 1, jnp.bfloat16),
     ],
     ids=str,

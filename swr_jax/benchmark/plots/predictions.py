@@ -4,7 +4,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from swr_jax.benchmark import mlstm_tpu_baselines as mlstm_baselines
+from swr_jax.benchmark import chunkwise_tpu_baselines as chunkwise
 from swr_jax.benchmark.plots.common import predicted_by, save
 from swr_jax.benchmark.predictions import floor
 from swr_jax.benchmark.tpu_baselines import CHIPS, FEATURES, HEADS, LENGTHS, MODES, TOKENS
@@ -93,26 +93,26 @@ def tpu_baselines(record: dict, path: Path) -> None:
     save(figure, f"{title}\n{predicted_by(record)}", path)
 
 
-def mlstm_tpu_baselines(record: dict, path: Path) -> None:
-    """Draw time against length, a panel for each chip."""
-    chips, lengths = mlstm_baselines.CHIPS, mlstm_baselines.LENGTHS
+def chunkwise_tpu_baselines(name: str, record: dict, path: Path) -> None:
+    """Draw an operator's time against length, a panel for each chip."""
+    chips, lengths = chunkwise.CHIPS, chunkwise.LENGTHS
     figure, axes = plt.subplots(1, len(chips), figsize=(13, 4.2), sharey=True)
-    colors = dict(zip(mlstm_baselines.CONTESTANTS, ("tab:red", "tab:blue"), strict=True))
-    styles = dict(zip(mlstm_baselines.MODES, (("o", "--"), ("s", "-")), strict=True))
+    colors = dict(zip(chunkwise.CONTESTANTS, ("tab:red", "tab:blue"), strict=True))
+    styles = dict(zip(chunkwise.MODES, (("o", "--"), ("s", "-")), strict=True))
     for axis, chip in zip(axes, chips, strict=True):
-        for name, color in colors.items():
+        for contestant, color in colors.items():
             for mode, (marker, style) in styles.items():
                 points = [
                     (p["tokens"], p["seconds"] * 1e3)
                     for p in record["predictions"]
-                    if (p["chip"], p["mode"], p["contestant"]) == (chip, mode, name)
+                    if (p["chip"], p["mode"], p["contestant"]) == (chip, mode, contestant)
                 ]
                 axis.plot(
                     *zip(*points, strict=True),
                     color=color,
                     marker=marker,
                     linestyle=style,
-                    label=f"{name}, {mode}",
+                    label=f"{contestant}, {mode}",
                 )
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
@@ -122,6 +122,6 @@ def mlstm_tpu_baselines(record: dict, path: Path) -> None:
         axis.set_xlabel("tokens T")
     axes[0].set_ylabel("milliseconds")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    sizes = f"{mlstm_baselines.HEADS} heads of {mlstm_baselines.Q_DIM}, {mlstm_baselines.V_DIM}"
-    title = f"mLSTM, predicted by the TPU's compiler, {mlstm_baselines.TOKENS} tokens, {sizes}"
+    sizes = f"{chunkwise.HEADS} heads of {chunkwise.Q_DIM}, {chunkwise.V_DIM}"
+    title = f"{name}, predicted by the TPU's compiler, {chunkwise.TOKENS} tokens, {sizes}"
     save(figure, f"{title}, bfloat16\n{predicted_by(record)}", path)

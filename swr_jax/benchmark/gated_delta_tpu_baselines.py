@@ -1,0 +1,23 @@
+"""The gated delta rule: XLA's chunks have 64 tokens, eight of them prepared together."""
+
+import functools
+
+from pallas_kernels.gated_delta.mosaic_tpu import TuningConfig, tiling_for
+from swr_jax.benchmark import chunkwise_tpu_baselines as chunkwise
+from swr_jax.ops import gated_delta_chunk, gated_delta_evaluation
+
+_CHUNK = 64
+
+
+def _rule(implementation: str, *arrays):
+    if implementation == "xla":  # As it chooses for itself on a TPU; here it is traced on a CPU.
+        group = gated_delta_evaluation.GROUP
+        return gated_delta_chunk.gated_delta_rule(*arrays, chunk=_CHUNK, group=group)
+    return gated_delta_evaluation.evaluate(implementation, *arrays, chunk_size=_CHUNK)
+
+
+OPERATOR = chunkwise.Operator(
+    rule=_rule,
+    state=lambda memory: memory,
+    tiling=functools.partial(tiling_for, TuningConfig()),
+)
