@@ -60,6 +60,21 @@ def distributed(
     return jax.tree.unflatten(results_tree, [_varying(x, names) for x in found])
 
 
+def refuse_automatic_axes() -> None:
+    """Raise NotImplementedError where the compiler would have to split a TPU kernel: it cannot."""
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = [
+        name
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto and size > 1
+    ]
+    if automatic and simulated_platform() is None:
+        raise NotImplementedError(
+            f"the mesh in context has automatic axes {automatic}: the TPU's compiler cannot split "
+            "a kernel; call it inside jax.shard_map, or make the axes explicit"
+        )
+
+
 def _batched(
     fn: Callable, inputs: Sequence[str], outputs: Sequence[str], automatic: bool
 ) -> Callable:

@@ -87,7 +87,7 @@ def get_config() -> ConfigDict:
     gated_delta.head_dim = optional(None)  # features of a key; None: features / (2 num_heads)
     gated_delta.expand_v = 2.0  # features of a value over those of a key
     gated_delta.conv_size = 4  # tokens that the short convolutions see
-    gated_delta.chunk_size = 64  # tokens taken at a time; changes speed, not results
+    gated_delta.chunk_size = 64  # tokens that XLA takes at a time; changes no result
 
     # --- data --------------------------------------------------------------------------------
     config.data = data = ConfigDict()

@@ -3,9 +3,10 @@
 Arrays lie, and the grid is, as in the kernels of the mLSTM (pallas_kernels/mlstm/mosaic_tpu.py): a
 program has some of the heads of one row of the batch, and walks over its chunks of 128 tokens with
 their states in VMEM. Where a gradient will be wanted the forward pass also writes the state before
-each chunk. Only these, never a matrix of tokens by tokens, go to memory.
+each chunk, in float32. Only these, never a matrix of tokens by tokens, go to memory.
 
 What costs extra, all of it outside the kernels, in XLA:
+    the gates                         are transposed
     Dk or Dv not a multiple of 128    padding copies, and products with the zeros
     T not a multiple of 128           padding copies
     float16                           is converted to float32 and back
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.distribution import distributed
+from pallas_kernels.distribution import distributed, refuse_automatic_axes
 from pallas_kernels.gated_delta.mosaic_tpu_chunk import CHUNK
 from pallas_kernels.gated_delta.mosaic_tpu_kernels import backward_kernel, forward_kernel
 from pallas_kernels.mlstm.mosaic_tpu_calls import Call, flatten, pad, padded
@@ -71,15 +72,16 @@ def gated_delta_rule(
     Args:
         q, k: [B, T, H, Dk] in float32, bfloat16 or float16.
         v: [B, T, H, Dv], likewise.
-        alpha, beta: [B, T, H], float32.
-        memory: [B, H, Dk, Dv] before the first token, float32.
+        alpha, beta: [B, T, H], used in float32.
+        memory: [B, H, Dk, Dv] before the first token, likewise.
         config: tiling; None: the default.
 
     Returns:
         o like v, and the memory after the last token, float32.
 
     Raises:
-        NotImplementedError: a dtype or size that the kernels do not have.
+        NotImplementedError: a dtype or size that the kernels do not have, or a mesh in context
+            over which the compiler would have to split them.
     """
     config = TuningConfig() if config is None else config
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -95,9 +97,11 @@ def gated_delta_rule(
     if (taken := vmem_bytes(tiling)) > VMEM_BUDGET:
         raise NotImplementedError(
             f"heads of {q.shape[-1]} and {v.shape[-1]} features take {taken} bytes of VMEM: the "
-            f"TPU kernels have {VMEM_BUDGET}"
+            f"TPU kernels have {VMEM_BUDGET}; XLA's form takes heads of any size"
         )
-    return _solve(config, q, k, v, alpha, beta, memory)
+    refuse_automatic_axes()
+    gates = (x.astype(jnp.float32) for x in (alpha, beta))
+    return _solve(config, q, k, v, *gates, memory.astype(jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -121,7 +125,8 @@ def _solve_backward(config, residuals, cotangents):
     return distributed(run, given, axes, (*_ARGUMENTS, _STATE), automatic=False)
 
 
-_solve.defvjp(_solve_forward, _solve_backward)
+# Rematerialised, the forward pass keeps no states, which nobody would read.
+_solve.defvjp(_solve_forward, _solve_backward, optimize_remat=True)
 
 
 def forward(

@@ -50,14 +50,20 @@ def _products(x: Array, *, upwards: bool) -> Array:
     return x
 
 
-def product(x: Array, y: Array, contract: tuple[int, int]) -> Array:
+class Parts(NamedTuple):
+    """A float32 matrix as the sum of two of 16 bits."""
+
+    high: Array
+    low: Array
+
+
+def product(x: Array | Parts, y: Array | Parts, contract: tuple[int, int]) -> Array:
     """Product of matrices over an axis of each, in float32.
 
-    Inputs of 16 bits are used as they are. What is computed from them, in float32, is parted into
-    two numbers of 16 bits, whose products are exact to about 16 bits: rounded to one, it would be
-    too coarse where what a state predicts is taken off what is to be written. Between two matrices
-    in float32, where no input has 16 bits, the product is exact to 24 bits; so `x` and `y` are
-    `Parts`, or arrays.
+    Inputs of 16 bits are used as they are. What is computed from them, in float32, is given as
+    `Parts`, and its products are exact to about 16 bits: rounded to bfloat16, it would be too
+    coarse where what a state predicts is taken off what is to be written. Where inputs are float32
+    all is given as arrays, and products are exact to 24 bits.
     """
     if isinstance(x, Parts) and isinstance(y, Parts):
         mixed = dot(x.high, y.low, contract) + dot(x.low, y.high, contract)
@@ -67,13 +73,6 @@ def product(x: Array, y: Array, contract: tuple[int, int]) -> Array:
     if isinstance(y, Parts):
         return dot(x, y.high, contract) + dot(x, y.low, contract)
     return dot(x, y, contract)
-
-
-class Parts(NamedTuple):
-    """A float32 matrix as the sum of two of 16 bits."""
-
-    high: Array
-    low: Array
 
 
 def parts(x: Array, dtype: jnp.dtype) -> Array | Parts:
@@ -128,8 +127,8 @@ def unit_lower_inverse(lower: Array, dtype: jnp.dtype) -> Array:
     """Return (I + lower)^-1 for a strictly lower triangular matrix [C, C].
 
     Blocks on the diagonal are inverted by substitution, 16 rows each, side by side in 128 lanes.
-    Then two halves A, D of a block with the corner B below A have the inverse
-    [[A^-1, 0], [-D^-1 B A^-1, D^-1]]. Nothing is larger than the inverse itself, whereas powers of
+    Then two halves E, G of a block with the corner F below E have the inverse
+    [[E^-1, 0], [-G^-1 F E^-1, G^-1]]. Nothing is larger than the inverse itself, whereas powers of
     `lower` may be.
 
     Args:

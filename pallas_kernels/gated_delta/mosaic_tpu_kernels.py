@@ -7,20 +7,27 @@ Notation of swr_jax/ops/gated_delta_chunk.py, for one chunk of C = 128 tokens of
     L, g, r       decay matrix [C, C], prefix products, last row of L
     M, S          strictly lower part of diag(beta) (K K^T * L), and Q K^T
     R, W, U       V - diag(g) K H, diag(beta) R, and (I + M)^-1 W, what the tokens write
+    A             K K^T
     dX            cotangent of X
+
+In the code R, W, U are `rest`, `weighed`, `written`; A and S `similarity`, `scores`.
 
     O  = diag(g) Q H + (S * L) U,    H' = g_C H + (diag(r) K)^T U
 
 The backward pass reads H and does the rest again:
 
     dU = (S * L)^T dO + diag(r) K dH',    dW = (I + M)^-T dU,    dM = -dW U^T,    dV = dR = beta dW
-    dS = (dO U^T) * L,    dA = dM * diag(beta) L,    A = K K^T
+    dS = (dO U^T) * L,    dA = dM * diag(beta) L
     dQ = diag(g) dO H^T + dS K
     dK = dS^T Q + (dA + dA^T) K - diag(g) dR H^T + diag(r) U dH'^T
     dH = g_C dH' + (diag(g) Q)^T dO - (diag(g) K)^T dR
 
 A decay stands in L, g and r: with dL what all of them receive, g as a column of L before the first
 one and r as part of its last row, dalpha_i = sum_c (L^T dL)_ic L_{i-1,c}. Nothing is divided.
+
+Two numbers, for Dk 128, Dv 256 in bfloat16, per token and head: forward 1,544 bytes (2,568 with
+states kept) and 393,216 operations of products; backward 3,600 and 1,015,808. Products of what is
+not an input are done in two or three parts each, and the inverse comes on top.
 """
 
 import functools
@@ -129,7 +136,8 @@ def backward_kernel(tiling, q, k, v, gates, do, states, dmemory0, dq, dk, dv, dg
         row, column = places((CHUNK, CHUNK))
         direct = product(doutput, written_, _ROWS)
         dlower = jnp.where(row > column, -product(part(dweighed), written_, _ROWS), 0.0)
-        dscores, dalike = part(direct * decay), part(chunk.beta * dlower * decay)
+        dscores, dsimilarity = part(direct * decay), chunk.beta * dlower * decay
+        dsimilarity = part(dsimilarity + dsimilarity.T)
         ddecay = direct * chunk.scores + chunk.beta * dlower * chunk.similarity
         yield
         # Queries and keys.
@@ -138,8 +146,7 @@ def backward_kernel(tiling, q, k, v, gates, do, states, dmemory0, dq, dk, dv, dg
         dquery[:, :] = prefix_ * product(doutput, state_, _ROWS) + product(dscores, key, _PLAIN)
         dkey[:, :] = (
             product(dscores, query, _COLUMNS)
-            + product(dalike, key, _COLUMNS)
-            + product(dalike, key, _PLAIN)
+            + product(dsimilarity, key, _PLAIN)
             - prefix_ * product(drest_, state_, _ROWS)
             + suffix_ * product(written_, dstate_, _ROWS)
         )

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.distribution import refuse_automatic_axes
 from pallas_kernels.mlstm.gradient import entry_point
 from pallas_kernels.mlstm.mosaic_tpu_backward import Scratch, backward_kernel
 from pallas_kernels.mlstm.mosaic_tpu_calls import (
@@ -139,6 +140,7 @@ def forward(
             pltpu.VMEM((plan.heads, plan.chunk + plan.q_dim, LANES), plan.dtype),
         ],
         products=(1, 1, 2),
+        exponentials=plan.chunk,
     )
     return heads_of(h, v), *cut_state(memory, normalizer, q, v)
 
@@ -191,6 +193,7 @@ def backward(
             pltpu.VMEM((plan.heads, *sizes[0]), plan.dtype),
         ],
         products=(0, 0, 1),
+        exponentials=plan.chunk,
     )
 
     def body(carry, *refs):
@@ -240,6 +243,7 @@ def backward(
             )
         ],
         products=(3, 2, 4),
+        exponentials=plan.chunk,
     )
     return (
         *(heads_of(dx, x) for dx, x in zip((dq, dk, dv), (q, k, v), strict=True)),
@@ -251,6 +255,7 @@ def backward(
 
 # The compiler of TPUs cannot split a kernel by itself.
 def _check_passes(passes: Any, q: Array, k: Array, v: Array) -> None:
+    refuse_automatic_axes()
     check(passes.forward, q, k, v)
 
 

@@ -1,4 +1,7 @@
-"""The TPU kernels' calls: tiling, BlockSpecs, VMEM, cost estimates, and padding of features."""
+"""Calls of TPU kernels of matrix memories: BlockSpecs, cost estimates, padding of features.
+
+And of the mLSTM's alone: tiling and VMEM.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -76,11 +79,13 @@ class Call:
         outputs: Sequence[tuple[Any, pl.BlockSpec]],
         scratch: Sequence[Any],
         products: tuple[int, int, int],
+        exponentials: int = 0,
     ) -> Sequence[Array]:
         """Call a kernel.
 
         `outputs` are given by arrays of their shapes and dtypes. `products` counts those of L x L
-        with L x Dk, of L x L with L x Dv, and of L x Dk with Dk x Dv.
+        with L x Dk, of L x L with L x Dv, and of L x Dk with Dk x Dv; `exponentials` are those of a
+        token.
         """
         plan = self.plan
         tokens = self.batch * self.heads * plan.chunks * plan.chunk
@@ -105,7 +110,7 @@ class Call:
                 bytes_accessed=sum(
                     x.size * x.dtype.itemsize for x in (*(x for x, _ in inputs), *structs)
                 ),
-                transcendentals=tokens * plan.chunk,
+                transcendentals=tokens * exponentials,
             ),
             name=name,
         )

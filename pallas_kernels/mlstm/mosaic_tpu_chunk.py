@@ -1,5 +1,7 @@
 """What the TPU kernels of an mLSTM are made of: plans, products, gates, a chunk's reads and writes.
 
+`Tiling`, `HeadView`, products and the walk over chunks serve every matrix memory.
+
 Notation and layout: pallas_kernels/mlstm/mosaic_tpu_kernels.py.
 """
 

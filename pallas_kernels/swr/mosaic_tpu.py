@@ -31,9 +31,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.sharding import AxisType
 
-from pallas_kernels.interpreter import simulated_platform
+from pallas_kernels.distribution import refuse_automatic_axes
 from pallas_kernels.swr.gradient import differentiable, repeat_heads
 from pallas_kernels.swr.lane_order import LANES, fits
 from pallas_kernels.swr.mosaic_tpu_calls import (
@@ -200,17 +199,7 @@ def _check(a, v, gates, previous, block_size, lookback) -> None:
         raise NotImplementedError(
             f"v has shape {v.shape}: the TPU kernels need a size of 1 or more"
         )
-    mesh = jax.sharding.get_abstract_mesh()
-    automatic = [
-        name
-        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto and size > 1
-    ]
-    if automatic and simulated_platform() is None:
-        raise NotImplementedError(
-            f"the mesh in context has automatic axes {automatic}: the TPU's compiler cannot split "
-            "a kernel; call it inside jax.shard_map, or make the axes explicit"
-        )
+    refuse_automatic_axes()
     if previous is not None and lookback != 1:
         raise NotImplementedError(
             f"previous is given with lookback={lookback}: it needs lookback=1"

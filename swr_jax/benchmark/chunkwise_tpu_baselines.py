@@ -2,8 +2,8 @@
 
 At a constant number of tokens, T from 2k to 64k, 16 heads of 128 and 256 features, bfloat16 in and
 out, float32 gates and states. XLA's programs are given the time that their compiler estimates;
-kernels the largest of memory, matrix and issue time, and XLA's estimate of what is beside them, the
-gates' maths above all. Arguments are as projections write them, [B, T, H D]. Forward and backward
+kernels the largest of memory, matrix and issue time, and XLA's estimate of what is beside them,
+such as the gates' maths. Arguments are as projections write them, [B, T, H D]. Forward and backward
 together return the outputs, the last state and every gradient; the floor counts arguments read once
 and results written once.
 """

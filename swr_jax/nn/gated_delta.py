@@ -88,7 +88,8 @@ class GatedDeltaNet(nnx.Module):
         head_dim: features Dk of a head's queries and keys; None: features / (2 num_heads).
         expand_v: a head's values have Dv = expand_v * Dk features.
         conv_size: tokens that the convolutions see.
-        chunk_size: tokens that the rule takes at a time, a power of two; changes speed only.
+        chunk_size: tokens that XLA's rule takes at a time, a power of two; changes speed only. The
+            kernels' chunks have 128.
         norm_epsilon: added to the mean square in the RMSNorm.
         dtype: dtype of the projections and of the output; None: that of input and parameters.
         param_dtype: dtype of the parameters.

@@ -69,8 +69,8 @@ def gated_delta_rule(
 
     Linear time and memory, any T >= 1, H >= 1, Dk >= 1, Dv >= 1. The maths is in float32 (float64
     where an input is float64), free of logarithms and divisions: alpha = 0 is exact, and so is the
-    gradient for every array argument, initial state included. The backward pass keeps one state
-    for each chunk.
+    gradient for every array argument, initial state included. Forward mode by XLA only. The
+    backward pass keeps one state for each chunk, XLA's on accelerators one for each eight.
 
     Keys and queries are used as they are: neither normalised nor scaled. The rule is stable where
     beta * |k|^2 lies in [0, 2]; Gated DeltaNet has unit keys and beta in (0, 1).
@@ -98,6 +98,7 @@ def gated_delta_rule(
         ValueError: a rank, size, dtype or option that the above rules out, or an implementation
             that does not exist or that the device lacks.
         NotImplementedError: the implementation that is named does not cover the case.
+        TypeError: forward-mode differentiation of a kernel (from JAX).
     """
     validation.check_inputs(
         q,

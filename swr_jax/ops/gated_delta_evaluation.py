@@ -39,7 +39,7 @@ def evaluate(
         chunk = min(chunk_size, 1 << (k.shape[1] - 1).bit_length())
         group = 1 if target().platform == "cpu" else GROUP
         return xla.gated_delta_rule(q, k, v, alpha, beta, memory, chunk=chunk, group=group)
-    if implementation == "mosaic_gpu":
+    if implementation != "mosaic_tpu":
         raise NotImplementedError("the gated delta rule has kernels for TPUs only")
     if memory.dtype != jnp.float32:
         raise NotImplementedError(f"the maths is in {memory.dtype}: kernels have float32")

@@ -21,6 +21,7 @@ from pallas_kernels.gated_delta.mosaic_tpu import TuningConfig
 from pallas_kernels.gated_delta.mosaic_tpu_chunk import unit_lower_inverse
 from swr_jax import GatedDeltaState, gated_delta_rule
 from swr_jax.ops import reference_gated_delta as ref
+from swr_jax.ops.gated_delta_evaluation import evaluate as evaluation
 
 FLOAT32 = 1e-5
 BFLOAT16 = 4e-3
@@ -170,6 +171,19 @@ def test_tuning_changes_no_bit():
         np.testing.assert_array_equal(found, wanted)
 
 
+def test_a_last_step_with_fewer_chunks():
+    """One kernel call forward, one backward, over two steps of two chunks and of one."""
+    given = _arrays(time=257, heads=1)
+    found = quick_jit(_passes, static_argnums=0)(TuningConfig(together=2), *given)
+    (*arguments, memory), cotangents = jax.tree.map(lambda x: np.asarray(x, np.float64), given)
+    wanted = (
+        *ref.gated_delta_rule(*arguments, memory),
+        *ref.gated_delta_gradients(*arguments, *cotangents, memory),
+    )
+    for name, x, exact in zip(NAMES, found, wanted, strict=True):
+        assert_rows_close(x, exact, FLOAT32, name)
+
+
 @pytest.mark.slow
 def test_two_cores_share_the_batch():
     given = _arrays(batch=2, time=140, heads=1)
@@ -196,8 +210,49 @@ def test_under_vmap():
         assert_rows_close(x, np.asarray(y, np.float64), FLOAT32)
 
 
+def test_without_queries_there_is_a_state_and_its_gradient():
+    """As a device makes of its part of a sequence what it does to the memory before it."""
+    (_, *arguments), (_, dmemory) = _arrays(time=130, heads=1)
+
+    def both(implementation, dmemory, *arguments):
+        def last(*arguments):
+            return evaluation(implementation, None, *arguments, chunk_size=64)[1]
+
+        memory, pull = jax.vjp(last, *arguments)
+        return memory, *pull(dmemory)
+
+    run = quick_jit(both, static_argnums=0)
+    found, wanted = (run(name, dmemory, *arguments) for name in ("mosaic_tpu", "xla"))
+    for x, y in zip(found, wanted, strict=True):
+        assert_rows_close(x, np.asarray(y, np.float64), FLOAT32)
+
+
+def test_each_argument_has_a_dtype_of_its_own():
+    problem = draw(20, batch=1, heads=1).rounded(np.float32)
+    dtypes = [jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32, jnp.bfloat16, jnp.bfloat16]
+    arguments = [jnp.asarray(x, dtype) for x, dtype in zip(problem[:6], dtypes, strict=True)]
+    *given, initial = arguments
+    found = evaluate(tuple(given), initial, problem.cotangents, None)
+    exact = [np.asarray(x, np.float64) for x in arguments]
+    wanted = (
+        *ref.gated_delta_rule(*exact),
+        *ref.gated_delta_gradients(*exact[:5], *problem.cotangents, exact[5]),
+    )
+    for name, x, y, dtype in zip(
+        NAMES, found, wanted, [jnp.float32, jnp.float32, *dtypes], strict=True
+    ):
+        assert x.dtype == dtype, name
+        assert_rows_close(x, y, FLOAT32 if dtype == jnp.float32 else BFLOAT16, name)
+
+
+def test_forward_mode_is_refused_in_jax_s_own_words():
+    arguments, _ = _arrays(time=2, heads=1)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(mosaic_tpu.gated_delta_rule, arguments, arguments)
+
+
 def test_the_kernels_are_the_default_and_run_where_they_can(monkeypatch):
-    """Of numbers in float64, and of nothing else, XLA takes care."""
+    """Of numbers in float64, for one, XLA takes care."""
     calls, kernel = [], mosaic_tpu.gated_delta_rule
 
     def watched(*arrays):

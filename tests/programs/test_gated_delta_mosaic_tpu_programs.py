@@ -1,5 +1,7 @@
 """Programs around the TPU kernels of the gated delta rule, compiled by the TPU's own compiler."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +58,11 @@ def shapes(batch, time, heads, q_dim, v_dim, dtype, sharding=lambda *_: None):
         (1, 130, 5, 40, 200, jnp.float16),
         (1, 1024, 2, 256, 512, jnp.bfloat16),
         (1, 256, 1, 512, 512, jnp.float32),
+        # What fills VMEM best, and several chunks of one grid step.
+        (1, 1024, 4, 128, 128, jnp.bfloat16),
+        (1, 512, 2, 128, 384, jnp.bfloat16),
+        (1, 256, 1, 640, 512, jnp.bfloat16),
+        (1, 256, 1, 256, 1024, jnp.bfloat16),
         (1, 1, 1, 1, 1, jnp.bfloat16),
     ],
     ids=str,
@@ -69,6 +76,24 @@ def test_compiles_where_64_bits_are_enabled():
     with jax.enable_x64(True):
         program = targets.compile_program("v5e", both, *shapes(1, 256, 2, 128, 128, jnp.bfloat16))
     assert len(program.kernels) == 2
+
+
+def test_rematerialised_the_forward_pass_keeps_no_states():
+    """Which would be written, and read by nobody; they are kept by the one that is repeated."""
+
+    def gradients(*arguments):
+        *arguments, do, dmemory = arguments
+        results, pull = jax.vjp(jax.checkpoint(kernel), *arguments)
+        return results, pull((do, dmemory))
+
+    arguments = shapes(1, 256, 2, 128, 128, jnp.bfloat16)
+    results = re.findall(
+        r"(?m)^ *(\S.*?) = pallas_call\[", str(jax.make_jaxpr(gradients)(*arguments))
+    )
+    states = "f32[1,2,2,128,128]"
+    assert sorted(states in result for result in results) == [False, False, True]
+    program = targets.compile_program("v5e", gradients, *arguments)
+    assert len(program.kernels) == 3
 
 
 def _mesh(chip, *, sequence, kind):
@@ -92,6 +117,28 @@ def test_over_batch_and_heads_nothing_is_communicated(kind):
         program = targets.compile_program("v5e", program, *arguments)
     assert len(program.kernels) == 2
     assert not program.collectives
+
+
+@pytest.mark.parametrize("case", ["three rows over two devices", "a state, and a split sequence"])
+def test_what_a_mesh_does_not_divide_is_left_to_xla(case):
+    """Where the compiler would have to split a kernel, which it cannot."""
+    state = case.startswith("a state")
+    mesh = _mesh("v5e", sequence=state, kind=AxisType.Auto)
+    rows = 4 if state else 3
+    axes = {"b": "data", "t": "sequence"} if state else {}
+
+    def sharding(letters):
+        return NamedSharding(mesh, P(*(axes.get(letter) for letter in letters)))
+
+    def program(*arguments):
+        return both(*arguments, rule=operator)
+
+    with jax.set_mesh(mesh):
+        arguments = shapes(rows, 256, 3, 128, 256, jnp.bfloat16, sharding)
+        compiled = targets.compile_program("v5e", program, *arguments)
+        with pytest.raises(NotImplementedError, match="automatic axes"):
+            jax.eval_shape(kernel, *arguments[:6])
+    assert not compiled.kernels
 
 
 def test_a_split_sequence_gathers_the_maps_of_its_parts():

@@ -1,11 +1,11 @@
 """Section `check`: every kernel of the project against float64, forward and backward.
 
 Kernels run through the public operators by name, at the sizes of a model (recurrences of 8197
-tokens and 128 heads, mLSTMs of 2053 tokens), with awkward sizes, with states and packed documents.
-Each program, the forward pass alone and the one with the backward pass, is compared with an oracle
-in NumPy and float64 that shares no code with them: relative root mean square error of the output
-and of every gradient. Inputs are drawn in the lower precision, so that both precisions have the
-same oracle. On a CPU the kernels are simulated.
+tokens and 128 heads, matrix memories of 2053 tokens), with awkward sizes, with states and packed
+documents. Each program, the forward pass alone and the one with the backward pass, is compared with
+an oracle in NumPy and float64 that shares no code with them: relative root mean square error of the
+output and of every gradient. Inputs are drawn in the lower precision, so that both precisions have
+the same oracle. On a CPU the kernels are simulated.
 """
 
 import concurrent.futures
@@ -18,7 +18,12 @@ import jax
 import numpy as np
 
 from swr_jax.benchmark import timing
-from swr_jax.benchmark.device import check_mlstm, check_recurrence, platform
+from swr_jax.benchmark.device import (
+    check_gated_delta,
+    check_mlstm,
+    check_recurrence,
+    platform,
+)
 from swr_jax.benchmark.records import Session, first_line
 from swr_jax.ops import reference
 
@@ -26,7 +31,7 @@ MODES = ("forward", "forward+backward")
 _CASES_AT_ONCE = 4  # bounds the float64 copies
 
 # What there is to check; each kind knows its arguments, its oracle and how exact it has to be.
-Case = check_recurrence.Recurrence | check_mlstm.Cell
+Case = check_recurrence.Recurrence | check_mlstm.Cell | check_gated_delta.Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +41,8 @@ class Sizes:
     cases: tuple[Case, ...]
 
 
-FULL = Sizes(check_recurrence.FULL + check_mlstm.FULL)
-TINY = Sizes(check_recurrence.TINY + check_mlstm.TINY)
+FULL = Sizes(check_recurrence.FULL + check_mlstm.FULL + check_gated_delta.FULL)
+TINY = Sizes(check_recurrence.TINY + check_mlstm.TINY + check_gated_delta.TINY)
 
 
 def run(sizes: Sizes, session: Session) -> Iterator[dict]:
