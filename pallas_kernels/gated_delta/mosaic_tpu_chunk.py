@@ -66,12 +66,14 @@ def product(x: Array | Parts, y: Array | Parts, contract: tuple[int, int]) -> Ar
     all is given as arrays, and products are exact to 24 bits.
     """
     if isinstance(x, Parts) and isinstance(y, Parts):
-        mixed = dot(x.high, y.low, contract) + dot(x.low, y.high, contract)
-        return dot(x.high, y.high, contract) + mixed
-    if isinstance(x, Parts):
-        return dot(x.high, y, contract) + dot(x.low, y, contract)
-    if isinstance(y, Parts):
-        return dot(x, y.high, contract) + dot(x, y.low, contract)
+        x, y = (x.high, x.high, x.low), (y.high, y.low, y.high)
+    elif isinstance(x, Parts):
+        x, y = x, (y, y)
+    elif isinstance(y, Parts):
+        x, y = (x, x), y
+    else:
+        return dot(x, y, contract)
+    x, y = (jnp.concatenate(z, axis=axis) for z, axis in zip((x, y), contract, strict=True))
     return dot(x, y, contract)
 
 

@@ -54,10 +54,10 @@ def over_mesh(
 
 
 def with_state_over_mesh(chunkwise: Chunkwise, split: Split) -> Chunkwise:
-    """Return an mLSTM from state to state as one that computes batch and heads apart.
+    """Return a matrix memory, from state to state, as one that computes batch and heads apart.
 
     Args:
-        chunkwise: the mLSTM of one device.
+        chunkwise: the mLSTM, or the gated delta rule, of one device.
         split: from `sharded.split_of`, the sequence in one part.
     """
     of_state = jax.P(split.batch, split.heads)
