@@ -68,9 +68,9 @@ def product(x: Array | Parts, y: Array | Parts, contract: tuple[int, int]) -> Ar
     if isinstance(x, Parts) and isinstance(y, Parts):
         x, y = (x.high, x.high, x.low), (y.high, y.low, y.high)
     elif isinstance(x, Parts):
-        x, y = x, (y, y)
+        y = (y, y)
     elif isinstance(y, Parts):
-        x, y = (x, x), y
+        x = (x, x)
     else:
         return dot(x, y, contract)
     x, y = (jnp.concatenate(z, axis=axis) for z, axis in zip((x, y), contract, strict=True))
