@@ -15,6 +15,7 @@ What costs extra, all of it outside the kernels, in XLA:
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.distribution import distributed, refuse_automatic_axes
 from pallas_kernels.gated_delta.mosaic_tpu_chunk import CHUNK
 from pallas_kernels.gated_delta.mosaic_tpu_kernels import backward_kernel, forward_kernel
+from pallas_kernels.interpreter import simulated_platform
 from pallas_kernels.mlstm.mosaic_tpu_calls import Call, flatten, pad, padded
 from pallas_kernels.mlstm.mosaic_tpu_chunk import Tiling
 from pallas_kernels.mlstm.tuning_tpu import VMEM_BUDGET
@@ -101,10 +103,10 @@ def gated_delta_rule(
         )
     refuse_automatic_axes()
     gates = (x.astype(jnp.float32) for x in (alpha, beta))
-    return _solve(config, q, k, v, *gates, memory.astype(jnp.float32))
+    solve = _ON_CHIPS if simulated_platform() is None else _SIMULATED
+    return solve(config, q, k, v, *gates, memory.astype(jnp.float32))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _solve(config, *arguments):
     run = functools.partial(forward, config)
     return distributed(run, arguments, (*_ARGUMENTS, _STATE), ("bthd", _STATE), automatic=False)
@@ -125,8 +127,16 @@ def _solve_backward(config, residuals, cotangents):
     return distributed(run, given, axes, (*_ARGUMENTS, _STATE), automatic=False)
 
 
-# Rematerialised, the forward pass keeps no states, which nobody would read.
-_solve.defvjp(_solve_forward, _solve_backward, optimize_remat=True)
+def _differentiable(*, optimize_remat: bool) -> Callable:
+    solve = jax.custom_vjp(_solve, nondiff_argnums=(0,))
+    solve.defvjp(_solve_forward, _solve_backward, optimize_remat=optimize_remat)
+    return solve
+
+
+# Rematerialised, the forward pass keeps no states, which nobody would read. JAX 0.11 cannot do that
+# to a simulation, which has effects.
+_ON_CHIPS = _differentiable(optimize_remat=True)
+_SIMULATED = _differentiable(optimize_remat=False)
 
 
 def forward(

@@ -9,10 +9,18 @@ from pallas_kernels.mlstm import entries_tpu as mlstm
 pytestmark = pytest.mark.targets
 
 
+def marks(entry, chip):
+    """Slow: what another chip of the same cores, or almost the same kernel, shows as well."""
+    if not entry.name.startswith("gated_delta/") or chip == "v5e":
+        return ()
+    shown = chip in ("v4", "v5p") or entry.name.endswith("keeping")
+    return (pytest.mark.slow,) if shown else ()
+
+
 @pytest.mark.parametrize(
     ("entry", "chip"),
     [
-        pytest.param(entry, chip, id=f"{entry.name}-{chip}")
+        pytest.param(entry, chip, id=f"{entry.name}-{chip}", marks=marks(entry, chip))
         for entry in (*mlstm.entries(), *gated_delta.entries())
         for chip in entry.chips
     ],
