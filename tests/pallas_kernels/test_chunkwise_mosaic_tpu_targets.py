@@ -1,8 +1,8 @@
 """TPU kernels of the mLSTM and of the gated delta rule, compiled by the TPU's own compiler."""
 
 import pytest
+from kernel_budgets import assert_within_budget
 
-from pallas_kernels import targets
 from pallas_kernels.gated_delta import entries_tpu as gated_delta
 from pallas_kernels.mlstm import entries_tpu as mlstm
 
@@ -26,15 +26,4 @@ def marks(entry, chip):
     ],
 )
 def test_kernels_stay_within_their_budget(entry, chip):
-    chip = targets.chip_named(chip)
-    function, arguments = entry.build(chip)
-    report = targets.compile_for(
-        chip,
-        function,
-        *arguments,
-        launches=entry.launches,
-        bytes_minimum=entry.bytes_minimum,
-        matrix_flops=entry.matrix_flops,
-        name=entry.name,
-    )
-    assert targets.broken_budgets(report, entry.budget(chip)) == []
+    assert_within_budget(entry, chip)

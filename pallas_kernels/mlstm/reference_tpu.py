@@ -1,0 +1,85 @@
+"""Catalogue entries of TPU kernels of matrix memories: their shape, 65,536 tokens of 16 heads."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.catalogue import Budget, Entry, Launch
+from pallas_kernels.mlstm.mosaic_tpu_chunk import Tiling
+from pallas_kernels.targets import CHIPS, Chip
+
+BATCH, TIME, HEADS, Q_DIM, V_DIM, CHUNK = 8, 8192, 16, 128, 256, 128
+
+
+def struct(*shape: int, dtype: jnp.dtype = jnp.float32) -> jax.ShapeDtypeStruct:
+    """An array [B, *shape]."""
+    return jax.ShapeDtypeStruct((BATCH, *shape), dtype)
+
+
+# As a projection writes them; the kernels read them as they lie.
+Q = struct(TIME, HEADS * Q_DIM, dtype=jnp.bfloat16)
+V = struct(TIME, HEADS * V_DIM, dtype=jnp.bfloat16)
+MEMORY = struct(HEADS, Q_DIM, V_DIM)
+
+
+def by_head(x: jax.Array) -> jax.Array:
+    """[B, T, H D] -> [B, T, H, D]."""
+    return x.reshape(BATCH, TIME, HEADS, -1)
+
+
+def as_it_lies(x: jax.Array) -> jax.Array:
+    """Undo `by_head`."""
+    return x.reshape(BATCH, TIME, -1)
+
+
+def heads_of_inputs() -> list[jax.ShapeDtypeStruct]:
+    """Return q, k and v by head, to which kernels fit their tiling."""
+    return [jax.eval_shape(by_head, x) for x in (Q, Q, V)]
+
+
+def entry(
+    name: str,
+    function: Callable,
+    arguments: tuple,
+    results: tuple,
+    *,
+    per_token: int,
+    tiling: Tiling,
+    chips: tuple[str, ...],
+    budget: Callable[[Chip], Budget],
+) -> Entry:
+    """Return an entry for chips of the same number of cores.
+
+    Args:
+        name, function, arguments, chips, budget: as `Entry` has them; one tuning serves all chips.
+        results: shapes and dtypes of what is written.
+        per_token: multiplications of matrix products for each token and head.
+        tiling: of the kernels.
+    """
+    cores = CHIPS[chips[0]].cores
+    steps = BATCH * HEADS // tiling.heads * tiling.steps // cores
+
+    def trip_counts(loops):
+        # Chunks of a step inside, steps of the grid outside, of which two more fetch and write.
+        return [steps + 2 if loop.depth == 1 else tiling.together for loop in loops]
+
+    return Entry(
+        name=name,
+        platform="tpu",
+        build=lambda _: (function, arguments),
+        bytes_minimum=sum(x.size * x.dtype.itemsize for x in (*arguments, *results)),
+        matrix_flops=2 * BATCH * TIME * HEADS * per_token,
+        launches=(Launch(trip_counts=trip_counts),),
+        chips=chips,
+        budget=budget,
+    )
+
+
+def chips_by_cores() -> list[tuple[str, ...]]:
+    """Return the names of TPUs of one core, and of two that divide the grid."""
+    by_cores: dict[int, tuple[str, ...]] = {}
+    for chip in CHIPS.values():
+        if chip.platform == "tpu":
+            by_cores[chip.cores] = (*by_cores.get(chip.cores, ()), chip.name)
+    return list(by_cores.values())
