@@ -25,13 +25,12 @@ from pallas_kernels.distribution import distributed, refuse_automatic_axes
 from pallas_kernels.gated_delta.mosaic_tpu_chunk import CHUNK
 from pallas_kernels.gated_delta.mosaic_tpu_kernels import backward_kernel, forward_kernel
 from pallas_kernels.interpreter import simulated_platform
-from pallas_kernels.mlstm.mosaic_tpu_calls import Call, flatten, pad, padded
+from pallas_kernels.mlstm.mosaic_tpu_calls import Call, check_arrays, flatten, pad, padded
 from pallas_kernels.mlstm.mosaic_tpu_chunk import Tiling
 from pallas_kernels.mlstm.tuning_tpu import VMEM_BUDGET
 
 Array = jax.Array
 
-_SUPPORTED = ("float32", "bfloat16", "float16")
 _GATES, _STATE = ("bth", "bth"), "bhkd"
 _ARGUMENTS = ("bthk", "bthk", "bthd", *_GATES)
 _STATES = "bhnkd"
@@ -86,15 +85,7 @@ def gated_delta_rule(
             over which the compiler would have to split them.
     """
     config = TuningConfig() if config is None else config
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype.name not in _SUPPORTED:
-            raise NotImplementedError(
-                f"{name} has dtype {x.dtype.name}: the TPU kernels take {', '.join(_SUPPORTED)}"
-            )
-        if 0 in x.shape:
-            raise NotImplementedError(
-                f"{name} has shape {x.shape}: the TPU kernels need a size of 1 or more"
-            )
+    check_arrays(q, k, v)
     tiling = tiling_for(config, q, k, v)
     if (taken := vmem_bytes(tiling)) > VMEM_BUDGET:
         raise NotImplementedError(

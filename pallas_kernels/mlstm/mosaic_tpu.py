@@ -28,6 +28,7 @@ from pallas_kernels.mlstm.gradient import entry_point
 from pallas_kernels.mlstm.mosaic_tpu_backward import Scratch, backward_kernel
 from pallas_kernels.mlstm.mosaic_tpu_calls import (
     Call,
+    check_arrays,
     cut_state,
     flatten,
     heads_of,
@@ -41,8 +42,6 @@ from pallas_kernels.mlstm.mosaic_tpu_kernels import forward_kernel, states_kerne
 from pallas_kernels.mlstm.tuning_tpu import LANES, VMEM_BUDGET, TuningConfig
 
 Array = jax.Array
-
-_SUPPORTED = ("float32", "bfloat16", "float16")
 
 
 def chunk_lengths(
@@ -70,15 +69,7 @@ def chunk_lengths(
 
 def check(options: Any, q: Array, k: Array, v: Array) -> None:
     """Raise NotImplementedError where the kernels cannot do a case; arguments as in `forward`."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype.name not in _SUPPORTED:
-            raise NotImplementedError(
-                f"{name} has dtype {x.dtype.name}: the TPU kernels take {', '.join(_SUPPORTED)}"
-            )
-        if 0 in x.shape:
-            raise NotImplementedError(
-                f"{name} has shape {x.shape}: the TPU kernels need a size of 1 or more"
-            )
+    check_arrays(q, k, v)
     if options.chunk % LANES:
         raise NotImplementedError(f"{options.chunk=}: the TPU kernels take multiples of {LANES}")
     plan = plan_for(options, q, k, v)

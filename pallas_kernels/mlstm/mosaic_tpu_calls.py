@@ -119,6 +119,22 @@ class Call:
             return call(*(x for x, _ in inputs))
 
 
+_SUPPORTED = ("float32", "bfloat16", "float16")
+
+
+def check_arrays(q: Array, k: Array, v: Array) -> None:
+    """Raise NotImplementedError for a dtype or a size of 0 that no kernel takes."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype.name not in _SUPPORTED:
+            raise NotImplementedError(
+                f"{name} has dtype {x.dtype.name}: the TPU kernels take {', '.join(_SUPPORTED)}"
+            )
+        if 0 in x.shape:
+            raise NotImplementedError(
+                f"{name} has shape {x.shape}: the TPU kernels need a size of 1 or more"
+            )
+
+
 def plan_for(options: Any, q: Array, k: Array, v: Array) -> Plan:
     """What the kernels' bodies are specialised for: as much in one grid step as fits."""
     config, heads = options.config, q.shape[2]

@@ -46,9 +46,5 @@ def evaluate(
     from pallas_kernels.gated_delta import mosaic_tpu  # Pallas takes long to import.
 
     read = k if q is None else q
-    dtype = jnp.result_type(read, k, v)
-    gates = (x.astype(jnp.float32) for x in (alpha, beta))
-    o, memory = mosaic_tpu.gated_delta_rule(
-        *(x.astype(dtype) for x in (read, k, v)), *gates, memory
-    )
-    return None if q is None else o.astype(v.dtype), memory
+    o, memory = mosaic_tpu.gated_delta_rule(read, k, v, alpha, beta, memory)
+    return None if q is None else o, memory
