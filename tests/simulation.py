@@ -1,6 +1,10 @@
 """Simulated accelerators for tests: unwritten memory holds NaN, and a data race is an error."""
 
 import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu_interpreter
@@ -43,3 +47,29 @@ def assert_no_race(races):
 
 
 SIMULATED = {"mosaic_gpu": simulated_gpu, "mosaic_tpu": simulated_tpu}
+
+
+def in_own_process(module, function, *arguments, **options):
+    """Call a function of a test module in a process whose XLA has one thread for an operation.
+
+    The interpreter's warpgroups wait for each other on XLA's threads, and operations that spread
+    over several would leave too few.
+    """
+    tests = Path(__file__).parent
+    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false "
+    flags += "--xla_backend_optimization_level=0"
+    environment = os.environ | {
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join((str(tests), str(tests / "pallas_kernels"))),
+    }
+    code = f"import {module} as t; t.{function}(*{arguments!r}, **{options!r})"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=tests.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]

@@ -27,11 +27,10 @@ from pallas_kernels.mlstm import mosaic_gpu_outputs as outputs
 from pallas_kernels.mlstm import mosaic_gpu_pieces as pieces
 from pallas_kernels.mlstm import mosaic_gpu_rows as rows
 from pallas_kernels.mlstm.gradient import Passes, entry_point
-from pallas_kernels.mlstm.mosaic_gpu_problem import Problem
+from pallas_kernels.mlstm.mosaic_gpu_problem import Problem, multiprocessors_here
 from pallas_kernels.mlstm.mosaic_gpu_states import walk
 from pallas_kernels.mlstm.tuning import (
     LONGEST_CHUNK,
-    MULTIPROCESSORS,
     TILE,
     TuningConfig,
     suited_span,
@@ -94,7 +93,7 @@ def on_device(passes: Passes, q: Array, v: Array) -> Passes:
         q, v: as in `forward`, of any T.
     """
     forward, backward = passes
-    config, multiprocessors = forward.config, _multiprocessors()
+    config, multiprocessors = forward.config, multiprocessors_here()
     in_tiles = _problem(forward._replace(chunk=TILE), q, v)
     if config.forward_chunk in (None, TILE) and fused.tiling(in_tiles, multiprocessors):
         forward = forward._replace(chunk=TILE)
@@ -162,7 +161,7 @@ def forward(
         memory, normalizer: C [B, H, Dk, Dv] and n [B, H, Dk] before the first chunk, float32.
     """
     _check(_FORWARD, options, q, k, v)
-    p, multiprocessors = _problem(options, q, v), _multiprocessors()
+    p, multiprocessors = _problem(options, q, v), multiprocessors_here()
     tiling = fused.tiling(p, multiprocessors) if options.chunk == TILE else None
     if tiling:
         p = dataclasses.replace(p, pieces=tiling.pieces)
@@ -202,7 +201,7 @@ def backward(
         As `gradient.differentiable` wants them.
     """
     _check(_BACKWARD, options, q, k, v)
-    p, multiprocessors = _problem(options, q, v), _multiprocessors()
+    p, multiprocessors = _problem(options, q, v), multiprocessors_here()
     gradient = functools.partial(_gradient, p)
     if options.chunk == TILE and (suited := fused_backward.suited(p, multiprocessors)):
         p = suited
@@ -289,7 +288,7 @@ def _states(p: Problem, name: str, k, v, gates, carry, memory, normalizer) -> tu
         normalizer,
         None,
         name=name,
-        multiprocessors=_multiprocessors(),
+        multiprocessors=multiprocessors_here(),
     )
 
 
@@ -311,7 +310,7 @@ def _gradient(
         dnormalizer,
         memories,
         name="mlstm_states_backward",
-        multiprocessors=_multiprocessors(),
+        multiprocessors=multiprocessors_here(),
     )
     dk, dv, d_columns = columns.gradient(p, q, k, v, gates, told, dh, dmemories, dnormalizers)
     inner = jnp.sum(inner, axis=(1, 2)) + jnp.sum(dnormalizers * normalizers, axis=1)
@@ -340,15 +339,6 @@ def _sized(batch, time, heads, q_dim, v_dim, chunk, normalized, dtype, config) -
     time = -(-time // chunk) * chunk
     dtype = jnp.dtype(dtype)
     if config.span is None:
-        span = suited_span(batch * heads, time // chunk, _multiprocessors())
+        span = suited_span(batch * heads, time // chunk, multiprocessors_here())
         config = dataclasses.replace(config, span=span)
     return Problem(batch, time, heads, q_dim, v_dim, chunk, normalized, dtype, config)
-
-
-def _multiprocessors() -> int:
-    """Return how many the chip has that is traced for: of the mesh in context, or by default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.num_cores:
-        return device.num_cores
-    device = jax.config.jax_default_device or jax.devices()[0]
-    return getattr(device, "core_count", None) or MULTIPROCESSORS

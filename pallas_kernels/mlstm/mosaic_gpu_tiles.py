@@ -65,13 +65,22 @@ def product(a: Any, b: Ref) -> Array:
 
 def accumulated(total: Array, a: Any, b: Ref) -> Array:
     """Return total [64, N] + a b, in the registers of `total`."""
+    return all_accumulated([total], [[(a, b)]])[0]
+
+
+def all_accumulated(
+    totals: Sequence[Array], sums: Sequence[Sequence[tuple[Any, Ref]]]
+) -> tuple[Array, ...]:
+    """Return what `products` does, each sum added to a total, in the registers of that."""
     if simulated_platform():  # The interpreter's accumulators start from zero.
-        return total + product(a, b)
+        return tuple(x + y for x, y in zip(totals, products(*sums), strict=True))
 
-    def run(accumulator: Ref) -> None:
-        plgpu.wgmma(accumulator, a, b)
+    def run(accumulators: tuple[Ref, ...]) -> None:
+        for accumulator, factors in zip(accumulators, sums, strict=True):
+            for a, b in factors:
+                plgpu.wgmma(accumulator, a, b)
 
-    return pl.run_state(run)(plgpu.ACC.init(total))
+    return pl.run_state(run)(tuple(plgpu.ACC.init(total) for total in totals))
 
 
 def summed_products(

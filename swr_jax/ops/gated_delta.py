@@ -70,7 +70,8 @@ def gated_delta_rule(
     Linear time and memory, any T >= 1, H >= 1, Dk >= 1, Dv >= 1. The maths is in float32 (float64
     where an input is float64), free of logarithms and divisions: alpha = 0 is exact, and so is the
     gradient for every array argument, initial state included. Forward mode by XLA only. The
-    backward pass keeps one state for each chunk, XLA's on accelerators one for each eight.
+    backward pass keeps one state for each chunk, XLA's on accelerators one for each eight, that of
+    GPU kernels none but makes them anew.
 
     Keys and queries are used as they are: neither normalised nor scaled. The rule is stable where
     beta * |k|^2 lies in [0, 2]; Gated DeltaNet has unit keys and beta in (0, 1).
@@ -83,13 +84,13 @@ def gated_delta_rule(
         beta: writing strengths [B, T, H].
         chunk_size: tokens that are solved together by XLA, a power of two. The result does not
             depend on it: smaller chunks keep more states for the backward pass, larger ones do
-            more arithmetic. The kernels' chunks have 128 tokens.
+            more arithmetic. The kernels' chunks have 64 tokens (GPU) or 128.
         initial_state: from an earlier call, or from `GatedDeltaState.zeros`; None: zero.
         segment_ids: integers [B, T]; where they change from one token to the next the memory is
             cleared, exactly. The first token continues `initial_state` in any case.
         return_state: also return the state after the last token.
-        implementation: None for the best that the device has, or "xla" or "mosaic_tpu", which
-            then never falls back on another.
+        implementation: None for the best that the device has, or "xla", "mosaic_gpu" or
+            "mosaic_tpu", which then never falls back on another.
 
     Returns:
         o [B, T, H, Dv] in v's dtype; with `return_state`, the pair (o, GatedDeltaState).

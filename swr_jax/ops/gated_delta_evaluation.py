@@ -1,16 +1,24 @@
 """A validated gated delta rule by each of the implementations: XLA's chunks, or a kernel."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 
 from swr_jax.ops import gated_delta_chunk as xla
-from swr_jax.ops.dispatch import target
+from swr_jax.ops.dispatch import has_wgmma, target
 
 Array = jax.Array
 
 # Chunks prepared together on accelerators; a CPU is fastest, and leanest, with one at a time. For
 # TPUs the compiler estimates half the cycles of one at a time.
 GROUP = 8
+
+# Modules with a kernel `gated_delta_rule`, imported when first used: Pallas takes long to import.
+KERNELS = {
+    "mosaic_gpu": "pallas_kernels.gated_delta.mosaic_gpu",
+    "mosaic_tpu": "pallas_kernels.gated_delta.mosaic_tpu",
+}
 
 
 def evaluate(
@@ -27,7 +35,7 @@ def evaluate(
     """Return o [B, T, H, Dv], None without q, and the memory after the last token.
 
     Args:
-        implementation: "xla", "mosaic_gpu" or "mosaic_tpu".
+        implementation: "xla" or a key of `KERNELS`.
         q, k, v, alpha, beta: as `gated_delta_rule` takes them, resets in alpha; or no q.
         memory: [B, H, Dk, Dv] before the first token, in the dtype of the maths.
         chunk_size: of XLA's form; kernels have chunks of their own.
@@ -39,12 +47,11 @@ def evaluate(
         chunk = min(chunk_size, 1 << (k.shape[1] - 1).bit_length())
         group = 1 if target().platform == "cpu" else GROUP
         return xla.gated_delta_rule(q, k, v, alpha, beta, memory, chunk=chunk, group=group)
-    if implementation != "mosaic_tpu":
-        raise NotImplementedError("the gated delta rule has kernels for TPUs only")
     if memory.dtype != jnp.float32:
         raise NotImplementedError(f"the maths is in {memory.dtype}: kernels have float32")
-    from pallas_kernels.gated_delta import mosaic_tpu  # Pallas takes long to import.
-
+    if implementation == "mosaic_gpu" and not has_wgmma():
+        raise NotImplementedError(f"{target().kind}: the kernels use Hopper's products of matrices")
+    kernel = importlib.import_module(KERNELS[implementation])
     read = k if q is None else q
-    o, memory = mosaic_tpu.gated_delta_rule(read, k, v, alpha, beta, memory)
+    o, memory = kernel.gated_delta_rule(read, k, v, alpha, beta, memory)
     return None if q is None else o, memory

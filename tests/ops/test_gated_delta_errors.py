@@ -110,7 +110,7 @@ def test_implementations_are_known_and_never_replaced(monkeypatch):
     with raises("implementation='mosaic_tpu': not available on"):
         gated_delta_rule(**GOOD, implementation="mosaic_tpu")
     monkeypatch.setattr("swr_jax.ops.gated_delta.candidates", lambda name: (name,))
-    with pytest.raises(NotImplementedError, match="mosaic_gpu: the gated delta rule has kernels"):
+    with pytest.raises(NotImplementedError, match="the kernels use Hopper's products of matrices"):
         gated_delta_rule(**GOOD, implementation="mosaic_gpu")
 
 

@@ -1,29 +1,22 @@
 """The Hopper kernels of the mLSTM in the interpreter, races detected and scratch poisoned.
 
-Against the plain passes in float32, which have an oracle of their own. Every case runs in a process
-whose XLA does not spread one operation over threads: the interpreter's warpgroups wait for each
-other on XLA's threads, and would leave too few.
+Against the plain passes in float32, which have an oracle of their own.
 """
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import mlstm_passes
 import numpy as np
 import pytest
-from simulation import simulated_gpu
+from simulation import in_own_process, simulated_gpu
 
 from pallas_kernels.mlstm import gates, mosaic_gpu, mosaic_gpu_fused, mosaic_gpu_fused_backward
 from pallas_kernels.mlstm.gradient import Options, Passes
 from pallas_kernels.mlstm.mosaic_gpu_problem import Problem
 from pallas_kernels.mlstm.tuning import TuningConfig, state_tiles, suited_pieces, suited_span
 
-TESTS = Path(__file__).parents[1]
 TOLERANCE = 4e-3
 LONGEST_BACKWARD = 128  # tokens of a chunk
 NAMES = ("h", "memory", "normalizer")
@@ -102,20 +95,8 @@ def compare(*sizes, stabilized=True, normalized=True, forget_bias=2.0, resets=0.
 
 
 def run(*arguments, **options):
-    """`compare` in a process of its own; see the module."""
-    code = f"import test_mlstm_mosaic_gpu as t; t.compare(*{arguments!r}, **{options!r})"
-    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false "
-    flags += "--xla_backend_optimization_level=0"
-    environment = os.environ | {
-        "XLA_FLAGS": flags,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS / "pallas_kernels"))),
-    }
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(
-        command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    """`compare` in a process of its own."""
+    in_own_process("test_mlstm_mosaic_gpu", "compare", *arguments, **options)
 
 
 @pytest.mark.parametrize("sizes", QUICK)

@@ -22,12 +22,6 @@ class Rule(MemoryCase):
         """What it is, in words."""
         return f"gated delta rule, {self.sizes}"
 
-    def dtypes_of(self, backend: str) -> tuple[str, ...]:
-        """Return the dtypes that a backend is checked in: one for XLA's form, no kernel."""
-        if backend == "mosaic_gpu":  # It has no such kernel.
-            return ()
-        return self.dtypes[: 1 if backend == "xla" else None]
-
     def draw(self) -> dict[str, np.ndarray]:
         """Draw arguments, and the output's cotangent "x_bar"; if packed, integers "documents"."""
         random = np.random.default_rng(self.shape)

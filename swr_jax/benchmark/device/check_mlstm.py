@@ -28,12 +28,6 @@ class Cell(MemoryCase):
         """What it is, in words."""
         return f"mlstm {self.input_gate}, chunk {self.chunk_size}, {self.sizes}"
 
-    def dtypes_of(self, backend: str) -> tuple[str, ...]:
-        """Return the dtypes that a backend is checked in: one for XLA's form, no kernel."""
-        if backend == "mosaic_gpu":  # It has no other.
-            return tuple(dtype for dtype in self.dtypes if dtype == "bfloat16")
-        return self.dtypes[: 1 if backend == "xla" else None]
-
     def draw(self) -> dict[str, np.ndarray]:
         """Draw arguments, and the output's cotangent "x_bar"; if packed, integers "documents"."""
         random = np.random.default_rng(self.shape)

@@ -35,6 +35,12 @@ class MemoryCase:
         """Shape and documents, in words."""
         return " x ".join(map(str, self.shape)) + (", documents" if self.packed else "")
 
+    def dtypes_of(self, backend: str) -> tuple[str, ...]:
+        """Return the dtypes that a backend is checked in: one for XLA's form, no kernel."""
+        if backend == "mosaic_gpu":  # It has no other.
+            return tuple(dtype for dtype in self.dtypes if dtype == "bfloat16")
+        return self.dtypes[: 1 if backend == "xla" else None]
+
     def rounded(
         self, arrays: Mapping[str, np.ndarray], random: np.random.Generator
     ) -> dict[str, np.ndarray]:

@@ -1,0 +1,243 @@
+"""Chunkwise gated delta rule for Hopper GPUs (Mosaic GPU): a walk forward, and one back.
+
+Chunks of 64 tokens. What does not depend on the state, the inverse of the WY form and the scores,
+XLA computes for all chunks at once; the walk hands the state on from chunk to chunk in registers,
+and has the outputs. The backward pass walks forward again, writes the states before all chunks
+down, walks back, and leaves the sums over features of v to XLA.
+
+Products are of bfloat16 numbers with sums in float32; what is computed goes into them in two of
+these, so that nothing but inputs and outputs is rounded to 8 bits.
+
+What costs extra:
+    Dk or Dv not a multiple of 64     padding copies, and products with the zeros
+    T not a multiple of 64            padding copies
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.distribution import distributed
+from pallas_kernels.gated_delta import mosaic_gpu_chunks as chunks_of
+from pallas_kernels.gated_delta import mosaic_gpu_walk as walk
+from pallas_kernels.gated_delta.mosaic_gpu_chunks import by_chunk, by_token
+from pallas_kernels.gated_delta.mosaic_gpu_walk import CHUNK, PARTS, Walk
+from pallas_kernels.mlstm.mosaic_gpu_problem import multiprocessors_here
+from pallas_kernels.mlstm.tuning import TILE, fills
+
+Array = jax.Array
+
+WIDEST_Q = 256  # numbers of the state that a thread holds: half of it
+
+_GATES, _STATE = ("bth", "bth"), "bhkd"
+_ARGUMENTS = ("bthk", "bthk", "bthd", *_GATES, _STATE)
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """How the walks are cut up; results do not depend on it.
+
+    Attributes:
+        groups: warpgroups of a thread block, each with 64 features of v: 1, or 2 that share keys
+            and queries; None: 2 where that fills the chip.
+    """
+
+    groups: int | None = None
+
+    def __post_init__(self):
+        if self.groups not in (None, 1, 2):
+            raise ValueError(f"groups={self.groups}: must be 1, 2 or None")
+
+
+def gated_delta_rule(
+    q: Array,
+    k: Array,
+    v: Array,
+    alpha: Array,
+    beta: Array,
+    memory: Array,
+    *,
+    config: TuningConfig | None = None,
+) -> tuple[Array, Array]:
+    """Outputs of the gated delta rule, and its state after the last token.
+
+    The gradient is exact for every argument, at decays of 0 too; it repeats the forward pass, so
+    that nothing is saved but the arguments.
+
+    Args:
+        q, k: [B, T, H, Dk], bfloat16.
+        v: [B, T, H, Dv], bfloat16.
+        alpha, beta: [B, T, H], used in float32.
+        memory: [B, H, Dk, Dv] before the first token, likewise.
+        config: None: the default.
+
+    Returns:
+        o like v, and the memory after the last token, float32.
+
+    Raises:
+        NotImplementedError: a dtype or size that the kernels do not have.
+    """
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if x.dtype != jnp.bfloat16:
+            raise NotImplementedError(
+                f"{name}.dtype={x.dtype}: the tensor cores would round it; the kernels take "
+                "bfloat16"
+            )
+        if not x.size:
+            raise NotImplementedError(f"{name} has shape {x.shape}: the kernels need 1 or more")
+    if q.shape[-1] > WIDEST_Q:
+        raise NotImplementedError(
+            f"Dk={q.shape[-1]}: the kernels take up to {WIDEST_Q}, XLA's form any"
+        )
+    gates = (x.astype(jnp.float32) for x in (alpha, beta))
+    config = TuningConfig() if config is None else config
+    return _solve(config, q, k, v, *gates, memory.astype(jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _solve(config, *arguments):
+    run = functools.partial(forward, config)
+    return distributed(run, arguments, _ARGUMENTS, ("bthd", _STATE))
+
+
+def _solve_forward(config, *arguments):
+    return _solve(config, *arguments), arguments
+
+
+def _solve_backward(config, arguments, cotangents):
+    run = functools.partial(backward, config)
+    axes = (*_ARGUMENTS, "bthd", _STATE)
+    return distributed(run, (*arguments, *cotangents), axes, _ARGUMENTS)
+
+
+_solve.defvjp(_solve_forward, _solve_backward)
+
+
+def forward(
+    config: TuningConfig,
+    q: Array,
+    k: Array,
+    v: Array,
+    alpha: Array,
+    beta: Array,
+    memory: Array,
+) -> tuple[Array, Array]:
+    """Outputs of one device and its last state."""
+    call = _Call(config, q, k, v, alpha, beta)
+    found = walk.forward(call.walk, *call.arguments(call.v), call.state(memory), keep=False)
+    return call.tokens(found["tokens"], like=v), call.memory(found["state"], like=memory)
+
+
+def backward(
+    config: TuningConfig,
+    q: Array,
+    k: Array,
+    v: Array,
+    alpha: Array,
+    beta: Array,
+    memory: Array,
+    do: Array,
+    dmemory: Array,
+) -> tuple[Array, ...]:
+    """Cotangents of the arguments of `forward`, from those of its results."""
+    call = _Call(config, q, k, v, alpha, beta)
+    found = walk.forward(call.walk, *call.arguments(call.v), call.state(memory), keep=True)
+    do = call.padded(do.astype(v.dtype))
+    back = walk.backward(call.walk, *call.arguments(do), call.state(dmemory))
+
+    features = [call.by_chunk(x) for x in (call.q, call.k, call.v, do)]
+    given = (
+        x.reshape(*call.chunks.carry.shape, *x.shape[1:])
+        for x in (found["states"], back["states"], found["written"], back["written"])
+    )
+    dq, dk, dchunks = chunks_of.gradient(call.chunks, *features, *given)
+    more = call.pull(dchunks)
+    dq, dk = (call.tokens(by_token(x + y), like=q) for x, y in zip((dq, dk), more, strict=False))
+    dalpha, dbeta = (by_token(x)[:, : q.shape[1]] for x in more[2:])
+    dv = call.tokens(back["tokens"], like=v)
+    return dq, dk, dv, dalpha, dbeta, call.memory(back["state"], like=dmemory)
+
+
+class _Call:
+    """The way between the shapes of the caller and those of the walks.
+
+    Attributes:
+        q, k, v: padded to whole chunks and tiles.
+        walk: what is walked over.
+        chunks: of `mosaic_gpu_chunks.prepare`.
+        pull: takes cotangents of `chunks` to those of q, k, alpha, beta, by chunk.
+    """
+
+    def __init__(self, config: TuningConfig, q, k, v, alpha, beta):
+        self.q, self.k, self.v = (self.padded(x) for x in (q, k, v))
+        batch, time, heads, q_dim = self.q.shape
+        gates = _pad(alpha, [0, CHUNK], 1.0), _pad(beta, [0, CHUNK])
+        inputs = [self.by_chunk(x) for x in (self.q, self.k, *gates)]
+        self.chunks, self.pull = jax.vjp(chunks_of.prepare, *inputs)
+        walked = Walk(batch, time // CHUNK, heads, q_dim, self.v.shape[-1], groups=1)
+        self.walk = walked._replace(
+            groups=config.groups or suited_groups(walked, multiprocessors_here())
+        )
+
+    @staticmethod
+    def padded(x: Array) -> Array:
+        """Pad to whole chunks, and features to whole tiles."""
+        return _pad(x, [0, CHUNK, 0, TILE])
+
+    @staticmethod
+    def by_chunk(x: Array) -> Array:
+        """[B, T, H, ...] -> [B, H, N, C, ...], float32."""
+        return by_chunk(x.astype(jnp.float32), CHUNK)
+
+    def arguments(self, values: Array) -> tuple[Array, ...]:
+        """What both walks take but for the state, with v or the cotangent of the outputs."""
+        chunks = self.chunks
+        matrices = (_in_parts(x) for x in (chunks_of.inverse(chunks), chunks.scores))
+        numbers = chunks.numbers.reshape(-1, *chunks.numbers.shape[3:])
+        return self.q, self.k, values, *matrices, numbers, chunks.carry.reshape(-1)
+
+    def state(self, memory: Array) -> Array:
+        """[B, H, Dk, Dv] -> [B H, Dv, Dk], padded."""
+        memory = _pad(memory, [0, 0, TILE, TILE])
+        return jnp.swapaxes(memory, 2, 3).reshape(-1, self.walk.v_dim, self.walk.q_dim)
+
+    def memory(self, state: Array, like: Array) -> Array:
+        """Undo `state`."""
+        batch, heads, q_dim, v_dim = like.shape
+        state = state.reshape(batch, heads, *state.shape[1:])
+        return jnp.swapaxes(state, 2, 3)[:, :, :q_dim, :v_dim]
+
+    @staticmethod
+    def tokens(x: Array, like: Array) -> Array:
+        """Undo `padded`."""
+        return x[:, : like.shape[1], :, : like.shape[-1]].astype(like.dtype)
+
+
+def suited_groups(w: Walk, multiprocessors: int) -> int:
+    """Two where thread blocks then fill the chip, and hold a chunk beside the one that they do."""
+    wide, tiles = w._replace(groups=2), w.v_dim // TILE
+    thread_blocks = w.batch * w.heads * tiles // 2
+    filled = fills(thread_blocks, multiprocessors)
+    return 2 if tiles % 2 == 0 and wide.slots > 1 and filled else 1
+
+
+def _in_parts(x: Array) -> Array:
+    """[B, H, N, C, C] in float32 -> [B H N, 2, C, C] in bfloat16, whose sum it is nearly."""
+    parts = []
+    for _ in range(PARTS):
+        # Not a conversion there and back, which XLA may leave out.
+        parts.append(jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
+        x = x - parts[-1]
+    return jnp.stack(parts, axis=3).reshape(-1, PARTS, CHUNK, CHUNK).astype(jnp.bfloat16)
+
+
+def _pad(x: Array, multiples: Sequence[int], fill: float = 0.0) -> Array:
+    """Fill axes up to multiples of these sizes; 0: as it is, and so are axes without one."""
+    widths = [
+        (0, -size % multiple if multiple else 0)
+        for size, multiple in zip(x.shape, [*multiples, 0, 0], strict=False)
+    ]
+    return jnp.pad(x, widths, constant_values=fill) if any(map(sum, widths)) else x
