@@ -24,7 +24,8 @@ from pallas_kernels.distribution import distributed
 from pallas_kernels.gated_delta import mosaic_gpu_chunks as chunks_of
 from pallas_kernels.gated_delta import mosaic_gpu_walk as walk
 from pallas_kernels.gated_delta.mosaic_gpu_chunks import by_chunk, by_token
-from pallas_kernels.gated_delta.mosaic_gpu_walk import CHUNK, PARTS, Walk
+from pallas_kernels.gated_delta.mosaic_gpu_triangles import triangles
+from pallas_kernels.gated_delta.mosaic_gpu_walk import CHUNK, WRITE, Walk
 from pallas_kernels.mlstm.mosaic_gpu_problem import multiprocessors_here
 from pallas_kernels.mlstm.tuning import TILE, fills
 
@@ -150,15 +151,18 @@ def backward(
 
     features = [call.by_chunk(x) for x in (call.q, call.k, call.v, do)]
     given = (
-        x.reshape(*call.chunks.carry.shape, *x.shape[1:])
+        x.reshape(*call.gates.carry.shape, *x.shape[1:])
         for x in (found["states"], back["states"], found["written"], back["written"])
     )
-    dq, dk, dchunks = chunks_of.gradient(call.chunks, *features, *given)
-    more = call.pull(dchunks)
-    dq, dk = (call.tokens(by_token(x + y), like=q) for x, y in zip((dq, dk), more, strict=False))
-    dalpha, dbeta = (by_token(x)[:, : q.shape[1]] for x in more[2:])
-    dv = call.tokens(back["tokens"], like=v)
-    return dq, dk, dv, dalpha, dbeta, call.memory(back["state"], like=dmemory)
+    dq, dk, dgates = chunks_of.gradient(call.gates, *features, *given)
+    dalpha, dbeta = (by_token(x)[:, : q.shape[1]] for x in call.pull(dgates))
+    return (
+        *(call.tokens(by_token(x), like=q) for x in (dq, dk)),
+        call.tokens(back["tokens"], like=v),
+        dalpha,
+        dbeta,
+        call.memory(back["state"], like=dmemory),
+    )
 
 
 class _Call:
@@ -167,16 +171,19 @@ class _Call:
     Attributes:
         q, k, v: padded to whole chunks and tiles.
         walk: what is walked over.
-        chunks: of `mosaic_gpu_chunks.prepare`.
-        pull: takes cotangents of `chunks` to those of q, k, alpha, beta, by chunk.
+        gates: of `mosaic_gpu_chunks.gates`.
+        pull: takes cotangents of `gates` to those of alpha and beta, by chunk.
+        triangles: X and P.
     """
 
     def __init__(self, config: TuningConfig, q, k, v, alpha, beta):
         self.q, self.k, self.v = (self.padded(x) for x in (q, k, v))
         batch, time, heads, q_dim = self.q.shape
         gates = _pad(alpha, [0, CHUNK], 1.0), _pad(beta, [0, CHUNK])
-        inputs = [self.by_chunk(x) for x in (self.q, self.k, *gates)]
-        self.chunks, self.pull = jax.vjp(chunks_of.prepare, *inputs)
+        self.gates, self.pull = jax.vjp(chunks_of.gates, *map(self.by_chunk, gates))
+        self.triangles = triangles(
+            self.q, self.k, _flat(self.gates.decay), _flat(self.gates.numbers)[:, WRITE]
+        )
         walked = Walk(batch, time // CHUNK, heads, q_dim, self.v.shape[-1], groups=1)
         self.walk = walked._replace(
             groups=config.groups or suited_groups(walked, multiprocessors_here())
@@ -194,10 +201,8 @@ class _Call:
 
     def arguments(self, values: Array) -> tuple[Array, ...]:
         """What both walks take but for the state, with v or the cotangent of the outputs."""
-        chunks = self.chunks
-        matrices = (_in_parts(x) for x in (chunks_of.inverse(chunks), chunks.scores))
-        numbers = chunks.numbers.reshape(-1, *chunks.numbers.shape[3:])
-        return self.q, self.k, values, *matrices, numbers, chunks.carry.reshape(-1)
+        numbers, carry = _flat(self.gates.numbers), self.gates.carry.reshape(-1)
+        return self.q, self.k, values, *self.triangles, numbers, carry
 
     def state(self, memory: Array) -> Array:
         """[B, H, Dk, Dv] -> [B H, Dv, Dk], padded."""
@@ -224,14 +229,9 @@ def suited_groups(w: Walk, multiprocessors: int) -> int:
     return 2 if tiles % 2 == 0 and wide.slots > 1 and filled else 1
 
 
-def _in_parts(x: Array) -> Array:
-    """[B, H, N, C, C] in float32 -> [B H N, 2, C, C] in bfloat16, whose sum it is nearly."""
-    parts = []
-    for _ in range(PARTS):
-        # Not a conversion there and back, which XLA may leave out.
-        parts.append(jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
-        x = x - parts[-1]
-    return jnp.stack(parts, axis=3).reshape(-1, PARTS, CHUNK, CHUNK).astype(jnp.bfloat16)
+def _flat(x: Array) -> Array:
+    """[B, H, N, ...] -> [B H N, ...]."""
+    return x.reshape(-1, *x.shape[3:])
 
 
 def _pad(x: Array, multiples: Sequence[int], fill: float = 0.0) -> Array:

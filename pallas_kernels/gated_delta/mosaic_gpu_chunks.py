@@ -4,8 +4,7 @@ Notation, C tokens to a chunk, with H the state before it, [Dk, Dv]:
 
     L           decay matrix, L_ij = alpha_i ... alpha_{j+1}, 1 on the diagonal, 0 above
     g, r        prefix products alpha_1 ... alpha_i of the chunk; last row of L
-    M           strictly lower part of diag(beta) (K K^T * L)
-    X           (I + M)^-1
+    M           strictly lower part of diag(beta) (K K^T * L); X = (I + M)^-1
     P           Q K^T * L
     E, U        beta (V - g K H), and X E: what each token writes
 
@@ -19,23 +18,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.gated_delta.triangles import decay_matrix, unit_lower_inverse
+from pallas_kernels.gated_delta.triangles import decay_matrix
 
 Array = jax.Array
 
 
-class Chunks(NamedTuple):
-    """Of every chunk what depends on keys, queries and gates alone, float32.
+class Gates(NamedTuple):
+    """What follows from the gates of every chunk, float32.
 
     Attributes:
-        lower: M [B, H, N, C, C].
-        scores: P, likewise.
+        decay: L [B, H, N, C, C].
         numbers: g, beta and r, [B, H, N, 3, C].
         carry: g_C, [B, H, N].
     """
 
-    lower: Array
-    scores: Array
+    decay: Array
     numbers: Array
     carry: Array
 
@@ -52,22 +49,15 @@ def by_token(x: Array) -> Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def prepare(q: Array, k: Array, alpha: Array, beta: Array) -> Chunks:
-    """Return what the walks need, from [B, H, N, C, Dk] and [B, H, N, C], float32."""
+def gates(alpha: Array, beta: Array) -> Gates:
+    """Return what follows from alpha and beta, [B, H, N, C]."""
     decay = decay_matrix(alpha)
     prefix = alpha[..., :1] * decay[..., 0]
-    lower = jnp.tril(beta[..., None] * _sum("ik,jk->ij", k, k) * decay, -1)
-    numbers = jnp.stack([prefix, beta, decay[..., -1, :]], axis=-2)
-    return Chunks(lower, _sum("ik,jk->ij", q, k) * decay, numbers, prefix[..., -1])
-
-
-def inverse(chunks: Chunks) -> Array:
-    """Return X."""
-    return unit_lower_inverse(chunks.lower, lax.Precision.HIGHEST)
+    return Gates(decay, jnp.stack([prefix, beta, decay[..., -1, :]], axis=-2), prefix[..., -1])
 
 
 def gradient(
-    chunks: Chunks,
+    gates: Gates,
     q: Array,
     k: Array,
     v: Array,
@@ -76,31 +66,38 @@ def gradient(
     dstates: Array,
     written: Array,
     derrors: Array,
-) -> tuple[Array, Array, Chunks]:
-    """Return the cotangents of Q and K as the walk reads them, and of `chunks`.
+) -> tuple[Array, Array, Gates]:
+    """Return the cotangents of Q, K and of `gates`.
 
     Args:
-        chunks: of `prepare`.
+        gates: of `gates`.
         q, k: [B, H, N, C, Dk].
         v, do: [B, H, N, C, Dv].
         states, dstates: H^T before every chunk, and its cotangent after, [B, H, N, Dv, Dk].
-        written, derrors: U^T, and the cotangent of E^T, [B, H, N, Dv, C].
+        written, derrors: U^T, and the cotangent of E^T / beta, [B, H, N, Dv, C].
     """
-    read, write, left = (chunks.numbers[..., name, :, None] for name in range(3))
+    read, write, left = (gates.numbers[..., name, :, None] for name in range(3))
     recalled = _sum("vc,vk->ck", derrors, states)
     remembered = _sum("vc,vk->ck", written, dstates)
     asked = _sum("cv,vk->ck", do, states)
-    dread = jnp.sum(q * asked - write * k * recalled, axis=-1)
-    dwrite = jnp.sum(v * jnp.swapaxes(derrors, -1, -2), axis=-1)
-    dwrite -= jnp.sum(read * k * recalled, axis=-1)
-    dleft = jnp.sum(k * remembered, axis=-1)
-    dchunks = Chunks(
-        lower=-jnp.tril(_sum("vi,vj->ij", derrors, written), -1),
-        scores=jnp.tril(_sum("iv,vj->ij", do, written)),
-        numbers=jnp.stack([dread, dwrite, dleft], axis=-2),
-        carry=jnp.sum(states * dstates, axis=(-1, -2)),
-    )
-    return read * asked, left * remembered - write * read * recalled, dchunks
+    dlower = -jnp.tril(_sum("vi,vj->ij", derrors, written), -1)
+    dscores = jnp.tril(_sum("iv,vj->ij", do, written))
+
+    alike, scores = dlower * _sum("ik,jk->ij", k, k), _sum("ik,jk->ij", q, k)
+    dlower, asking = write * dlower * gates.decay, dscores * gates.decay
+    dq = read * asked + _sum("ij,jk->ik", asking, k)
+    dk = left * remembered - write * read * recalled + _sum("ji,jk->ik", asking, q)
+    dk += _sum("ij,jk->ik", dlower + jnp.swapaxes(dlower, -1, -2), k)
+
+    under_keys = jnp.sum(k * recalled, axis=-1, keepdims=True)
+    dread = jnp.sum(q * asked, axis=-1, keepdims=True) - write * under_keys
+    dwrite = jnp.sum(v * jnp.swapaxes(derrors, -1, -2), axis=-1, keepdims=True)
+    dwrite += jnp.sum(alike * gates.decay, axis=-1, keepdims=True) - read * under_keys
+    dleft = jnp.sum(k * remembered, axis=-1, keepdims=True)
+    dnumbers = jnp.concatenate([dread, dwrite, dleft], axis=-1)
+    dcarry = jnp.sum(states * dstates, axis=(-1, -2))
+    ddecay = write * alike + dscores * scores
+    return dq, dk, Gates(ddecay, jnp.swapaxes(dnumbers, -1, -2), dcarry)
 
 
 def _sum(axes: str, x: Array, y: Array) -> Array:

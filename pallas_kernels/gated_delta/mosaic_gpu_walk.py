@@ -27,6 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gated_delta.mosaic_gpu_parts import PARTS, product_of_parts, split
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     Stream,
     free_barriers,
@@ -54,7 +55,6 @@ Ref = jax.Ref
 
 CHUNK = TILE
 READ, WRITE, LEFT = range(3)  # rows of numbers: g, beta, r
-PARTS = 2  # of 16 bits, that a number computed here goes into a product as
 _MOST_SLOTS = 3
 
 
@@ -121,9 +121,9 @@ def forward(
         by_keys, by_queries = _recalled(state, chunk.k, chunk.q)
         values = load_matrix(transposed(chunk.own))
         errors = over_columns(write, values) * (values - over_columns(read, values) * by_keys)
-        written = _product(errors, chunk.inverse, transpose=True)
+        written = product_of_parts(errors, chunk.inverse, transpose=True)
         outputs = over_columns(read, values) * by_queries
-        put.tokens(outputs + _product(written, chunk.scores, transpose=True))
+        put.tokens(outputs + product_of_parts(written, chunk.scores, transpose=True))
         if keep:
             put.states(state)
             put.written(written)
@@ -168,7 +168,7 @@ def backward(w: Walk, q, k, do, inverse, scores, numbers, carry, dstate) -> dict
         rounded = cotangent.astype(jnp.bfloat16)
         (written,) = products([(rounded, chunk.scores.at[part]) for part in range(PARTS)])
         written += over_columns(left, written) * by_keys
-        errors = _product(written, chunk.inverse, transpose=False)
+        errors = product_of_parts(written, chunk.inverse)
         put.written(errors)
         errors = over_columns(write, errors) * errors
         put.tokens(errors)
@@ -192,26 +192,11 @@ def backward(w: Walk, q, k, do, inverse, scores, numbers, carry, dstate) -> dict
     )
 
 
-def _split(x: Array) -> tuple[Array, Array]:
-    """Numbers of 16 bits whose sum has the first 16 of x's 24."""
-    rounded = x.astype(jnp.bfloat16)
-    return rounded, (x - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
-
-
-def _product(x: Array, matrix: Ref, *, transpose: bool) -> Array:
-    """x [64, 64] times a matrix [2, 64, 64] in two parts, or times its transpose."""
-    parts = [matrix.at[part] for part in range(PARTS)]
-    if transpose:
-        parts = [transposed(part) for part in parts]
-    rounded, rest = _split(x)
-    return products([(rounded, parts[0]), (rest, parts[0]), (rounded, parts[1])])[0]
-
-
 def _recalled(state: tuple[Array, ...], *keys: Ref) -> tuple[Array, ...]:
     """What the state has under keys [64, Dk], by feature and token."""
     totals = ()
     for tile, x in enumerate(state):
-        parts = _split(x)
+        parts = split(x)
         sums = [[(part, transposed(of.at[:, tile_of(tile)])) for part in parts] for of in keys]
         totals = all_accumulated(totals, sums) if totals else products(*sums)
     return totals
@@ -223,7 +208,7 @@ def _advanced(
     """The state times a number, plus products of [64, 64] and [64, Dk]."""
     state = tuple(whole * x for x in state)
     for x, keys in added:
-        parts = _split(x)
+        parts = split(x)
         sums = [[(part, keys.at[:, tile_of(tile)]) for part in parts] for tile in range(len(state))]
         state = all_accumulated(state, sums)
     return state

@@ -115,16 +115,23 @@ def warpgroups(groups: int, compute: Callable[[Array], None], load: Callable[[],
 
 
 def launch(
-    body: Callable, name: str, groups: int, out_type: Any, scratch_types: Any, **grid: int
+    body: Callable,
+    name: str,
+    groups: int,
+    out_type: Any,
+    scratch_types: Any,
+    *,
+    loader: bool = True,
+    **grid: int,
 ) -> Callable:
-    """Return the kernel over a grid with these axes."""
+    """Return the kernel over a grid with these axes; `loader`: with a warpgroup that only loads."""
     return plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=scratch_types,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        num_threads=groups + 1,
+        num_threads=groups + loader,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
