@@ -21,11 +21,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.distribution import distributed
-from pallas_kernels.gated_delta import mosaic_gpu_chunks as chunks_of
+from pallas_kernels.gated_delta import mosaic_gpu_gates as gates_of
 from pallas_kernels.gated_delta import mosaic_gpu_walk as walk
-from pallas_kernels.gated_delta.mosaic_gpu_chunks import by_chunk, by_token
+from pallas_kernels.gated_delta.mosaic_gpu_cotangents import cotangents
+from pallas_kernels.gated_delta.mosaic_gpu_gates import WRITE, by_chunk, by_token
 from pallas_kernels.gated_delta.mosaic_gpu_triangles import triangles
-from pallas_kernels.gated_delta.mosaic_gpu_walk import CHUNK, WRITE, Walk
+from pallas_kernels.gated_delta.mosaic_gpu_walk import CHUNK, Walk
 from pallas_kernels.mlstm.mosaic_gpu_problem import multiprocessors_here
 from pallas_kernels.mlstm.tuning import TILE, fills
 
@@ -145,19 +146,14 @@ def backward(
 ) -> tuple[Array, ...]:
     """Cotangents of the arguments of `forward`, from those of its results."""
     call = _Call(config, q, k, v, alpha, beta)
-    found = walk.forward(call.walk, *call.arguments(call.v), call.state(memory), keep=True)
+    kept = walk.forward(call.walk, *call.arguments(call.v), call.state(memory), keep=True)
     do = call.padded(do.astype(v.dtype))
     back = walk.backward(call.walk, *call.arguments(do), call.state(dmemory))
-
-    features = [call.by_chunk(x) for x in (call.q, call.k, call.v, do)]
-    given = (
-        x.reshape(*call.gates.carry.shape, *x.shape[1:])
-        for x in (found["states"], back["states"], found["written"], back["written"])
-    )
-    dq, dk, dgates = chunks_of.gradient(call.gates, *features, *given)
+    by_values = [x[key] for key in ("states", "written") for x in (kept, back)]
+    dq, dk, dgates = cotangents(call.q, call.k, call.v, do, call.gates, *by_values)
     dalpha, dbeta = (by_token(x)[:, : q.shape[1]] for x in call.pull(dgates))
     return (
-        *(call.tokens(by_token(x), like=q) for x in (dq, dk)),
+        *(call.tokens(x, like=q) for x in (dq, dk)),
         call.tokens(back["tokens"], like=v),
         dalpha,
         dbeta,
@@ -171,7 +167,7 @@ class _Call:
     Attributes:
         q, k, v: padded to whole chunks and tiles.
         walk: what is walked over.
-        gates: of `mosaic_gpu_chunks.gates`.
+        gates: of `mosaic_gpu_gates.gates`, flat.
         pull: takes cotangents of `gates` to those of alpha and beta, by chunk.
         triangles: X and P.
     """
@@ -179,11 +175,11 @@ class _Call:
     def __init__(self, config: TuningConfig, q, k, v, alpha, beta):
         self.q, self.k, self.v = (self.padded(x) for x in (q, k, v))
         batch, time, heads, q_dim = self.q.shape
-        gates = _pad(alpha, [0, CHUNK], 1.0), _pad(beta, [0, CHUNK])
-        self.gates, self.pull = jax.vjp(chunks_of.gates, *map(self.by_chunk, gates))
-        self.triangles = triangles(
-            self.q, self.k, _flat(self.gates.decay), _flat(self.gates.numbers)[:, WRITE]
-        )
+        numbers = _pad(alpha, [0, CHUNK], 1.0), _pad(beta, [0, CHUNK])
+        numbers = (by_chunk(x, CHUNK) for x in numbers)
+        self.gates, self.pull = jax.vjp(lambda *x: gates_of.gates(*x).flat(), *numbers)
+        strength = self.gates.numbers[:, WRITE]
+        self.triangles = triangles(self.q, self.k, self.gates.decay, strength)
         walked = Walk(batch, time // CHUNK, heads, q_dim, self.v.shape[-1], groups=1)
         self.walk = walked._replace(
             groups=config.groups or suited_groups(walked, multiprocessors_here())
@@ -194,15 +190,9 @@ class _Call:
         """Pad to whole chunks, and features to whole tiles."""
         return _pad(x, [0, CHUNK, 0, TILE])
 
-    @staticmethod
-    def by_chunk(x: Array) -> Array:
-        """[B, T, H, ...] -> [B, H, N, C, ...], float32."""
-        return by_chunk(x.astype(jnp.float32), CHUNK)
-
     def arguments(self, values: Array) -> tuple[Array, ...]:
         """What both walks take but for the state, with v or the cotangent of the outputs."""
-        numbers, carry = _flat(self.gates.numbers), self.gates.carry.reshape(-1)
-        return self.q, self.k, values, *self.triangles, numbers, carry
+        return self.q, self.k, values, *self.triangles, self.gates
 
     def state(self, memory: Array) -> Array:
         """[B, H, Dk, Dv] -> [B H, Dv, Dk], padded."""
@@ -227,11 +217,6 @@ def suited_groups(w: Walk, multiprocessors: int) -> int:
     thread_blocks = w.batch * w.heads * tiles // 2
     filled = fills(thread_blocks, multiprocessors)
     return 2 if tiles % 2 == 0 and wide.slots > 1 and filled else 1
-
-
-def _flat(x: Array) -> Array:
-    """[B, H, N, ...] -> [B H N, ...]."""
-    return x.reshape(-1, *x.shape[3:])
 
 
 def _pad(x: Array, multiples: Sequence[int], fill: float = 0.0) -> Array:

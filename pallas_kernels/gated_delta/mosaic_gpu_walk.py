@@ -1,7 +1,7 @@
 """The walks over the chunks of the gated delta rule on Hopper GPUs, and back.
 
-Notation of a chunk of C = 64 tokens, as in `mosaic_gpu_chunks`: the state H [Dk, Dv] before it, the
-inverse X, the scores P, and for each token what it reads with (g), writes with (beta) and what is
+Notation of a chunk of C = 64 tokens: the state H [Dk, Dv] before it, the inverse X and the scores P
+of `mosaic_gpu_triangles`, and for each token what it reads with (g), writes with (beta) and what is
 left of it after the chunk (r); g_C is the last g.
 
     E = beta (V - g K H),   U = X E,   O = g Q H + P U,   H' = g_C H + K^T (r U)
@@ -27,6 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gated_delta.mosaic_gpu_gates import LEFT, READ, WRITE, Gates
 from pallas_kernels.gated_delta.mosaic_gpu_parts import PARTS, product_of_parts, split
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     Stream,
@@ -54,7 +55,6 @@ Array = jax.Array
 Ref = jax.Ref
 
 CHUNK = TILE
-READ, WRITE, LEFT = range(3)  # rows of numbers: g, beta, r
 _MOST_SLOTS = 3
 
 
@@ -97,7 +97,7 @@ class _Chunk(NamedTuple):
 
 
 def forward(
-    w: Walk, q, k, v, inverse, scores, numbers, carry, state, *, keep: bool
+    w: Walk, q, k, v, inverse, scores, gates: Gates, state, *, keep: bool
 ) -> dict[str, Array]:
     """Walk from the first chunk to the last.
 
@@ -106,14 +106,13 @@ def forward(
         q, k: [B, T, H, Dk], bfloat16, T = 64 N.
         v: [B, T, H, Dv], bfloat16.
         inverse, scores: X and P in two parts, [B H N, 2, 64, 64], bfloat16.
-        numbers: g, beta and r, [B H N, 3, 64], float32.
-        carry: g_C, [B H N], float32.
+        gates: flat, [B H N, ...].
         state: H^T before the first chunk, [B H, Dv, Dk], float32.
-        keep: whether to write H^T and U^T of every chunk down.
+        keep: whether to write H^T and U^T of every chunk down, in two parts.
 
     Returns:
         "tokens", O [B, T, H, Dv] in bfloat16, and "state", H^T after the last chunk; with `keep`
-        "states" [B H N, Dv, Dk] and "written" [B H N, Dv, 64], float32.
+        "states" [B H N, 2, Dv, Dk] and "written" [B H N, 2, Dv, 64], bfloat16.
     """
 
     def step(chunk: _Chunk, whole: Array, state: tuple[Array, ...], put: _Put):
@@ -138,26 +137,25 @@ def forward(
         v,
         inverse,
         scores,
-        numbers,
-        carry,
+        gates,
         state,
         keep=keep,
         last_first=False,
     )
 
 
-def backward(w: Walk, q, k, do, inverse, scores, numbers, carry, dstate) -> dict[str, Array]:
+def backward(w: Walk, q, k, do, inverse, scores, gates: Gates, dstate) -> dict[str, Array]:
     """Walk from the last chunk to the first.
 
     Args:
-        w, q, k, inverse, scores, numbers, carry: as in `forward`.
+        w, q, k, inverse, scores, gates: as in `forward`.
         do: dO [B, T, H, Dv], bfloat16.
         dstate: cotangent of H^T after the last chunk, [B H, Dv, Dk], float32.
 
     Returns:
         "tokens", dV [B, T, H, Dv] in bfloat16, "state", the cotangent of H^T before the first
-        chunk, "states", those of H^T after every chunk [B H N, Dv, Dk], and "written", dE^T
-        [B H N, Dv, 64], float32.
+        chunk, float32, "states", those of H^T after every chunk [B H N, 2, Dv, Dk], and "written",
+        dE^T [B H N, 2, Dv, 64], in two parts, bfloat16.
     """
 
     def step(chunk: _Chunk, whole: Array, state: tuple[Array, ...], put: _Put):
@@ -184,8 +182,7 @@ def backward(w: Walk, q, k, do, inverse, scores, numbers, carry, dstate) -> dict
         do,
         inverse,
         scores,
-        numbers,
-        carry,
+        gates,
         dstate,
         keep=True,
         last_first=True,
@@ -231,8 +228,7 @@ def _launch(
     x,
     inverse,
     scores,
-    numbers,
-    carry,
+    gates: Gates,
     state,
     *,
     keep: bool,
@@ -251,8 +247,8 @@ def _launch(
         "state": float32(w.batch * w.heads, w.v_dim, w.q_dim),
     }
     if keep:
-        out["states"] = float32(by_chunk, w.v_dim, w.q_dim)
-        out["written"] = float32(by_chunk, w.v_dim, CHUNK)
+        for key, size in {"states": w.q_dim, "written": CHUNK}.items():
+            out[key] = jax.ShapeDtypeStruct((by_chunk, PARTS, w.v_dim, size), q.dtype)
     scratch = {
         "q": matrices(slots, TILE, w.q_dim, dtype=q.dtype),
         "k": matrices(slots, TILE, w.q_dim, dtype=q.dtype),
@@ -264,8 +260,8 @@ def _launch(
         "full": full_barriers(slots, 5 + groups),
         "free": free_barriers(slots, groups),
     }
-    given = {"q": q, "k": k, "own": x, "inverse": inverse, "scores": scores, "numbers": numbers}
-    given |= {"carry": carry, "state": state}
+    given = {"q": q, "k": k, "own": x, "inverse": inverse, "scores": scores}
+    given |= {"numbers": gates.numbers, "carry": gates.carry, "state": state}
 
     def body(*refs):
         source, refs = dict(zip(given, refs, strict=False)), refs[len(given) :]
@@ -319,10 +315,14 @@ def _launch(
 
                 def put_states(state: tuple[Array, ...]) -> None:
                     for part, x in zip(parts, state, strict=True):
-                        store_directly(target["states"].at[where, own, part], x)
+                        put_parts(target["states"].at[where, :, own, part], x)
 
                 def put_written(x: Array) -> None:
-                    store_directly(target["written"].at[where, own], x)
+                    put_parts(target["written"].at[where, :, own], x)
+
+                def put_parts(ref: Ref, x: Array) -> None:
+                    for i, part in enumerate(split(x)):
+                        store_directly(ref.at[i], part)
 
                 plgpu.barrier_wait(full.at[slot])
                 chunk = _Chunk(

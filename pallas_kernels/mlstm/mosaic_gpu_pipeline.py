@@ -19,8 +19,8 @@ Ref = jax.Ref
 
 _LONGEST_COPY = 256  # numbers along an axis
 
-# Registers of a thread where two warpgroups compute; one alone has all that a thread can have.
-_COMPUTE_REGISTERS, _LOAD_REGISTERS = 240, 32
+# Registers of a thread where so many warpgroups compute; one alone has all that a thread can have.
+_COMPUTE_REGISTERS, _LOAD_REGISTERS = {2: 240, 3: 160}, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def warpgroups(groups: int, compute: Callable[[Array], None], load: Callable[[],
     @pl.when(group < groups)
     def _():
         if groups > 1:
-            plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+            plgpu.set_max_registers(_COMPUTE_REGISTERS[groups], action="increase")
         compute(group)
 
     @pl.when(group == groups)
