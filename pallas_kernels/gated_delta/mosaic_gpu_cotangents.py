@@ -17,8 +17,8 @@ and dg_C, one A and dP.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +40,15 @@ from pallas_kernels.mlstm.mosaic_gpu_tiles import (
     MATRIX,
     ROW,
     all_accumulated,
-    inner_with_rows,
     load_matrix,
     load_rows,
     matrices,
+    opaque,
     over_rows,
     product,
     row_sums,
     store_directly,
+    tile_of,
     transposed,
     where,
 )
@@ -118,7 +119,8 @@ def cotangents(
         source, refs = dict(zip(given, refs, strict=False)), refs[len(given) :]
         target, refs = dict(zip(out, refs, strict=False)), refs[len(out) :]
         smem = dict(zip(scratch, refs, strict=True))
-        row, head, chunk, block = map(lax.axis_index, ("batch", "head", "chunk", "q_block"))
+        axes = ("batch", "head", "chunk", "q_block")
+        row, head, chunk, block = (opaque(lax.axis_index(axis)) for axis in axes)
         index = (row * heads + head) * chunks + chunk
         tokens, columns = pl.ds(chunk * TILE, TILE), pl.ds(block * width, width)
         stream, full = Stream(_SLOTS, smem["free"]), smem["full"]
@@ -154,30 +156,37 @@ def cotangents(
                 plgpu.copy_gmem_to_smem(part, into, smem["features"].at[0])
             stream.drain(jnp.int32(steps + 1))
 
+        tiles = [tile_of(tile) for tile in range(width // TILE)]
+        nothing = plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.float32), MATRIX)
+
         def over_values(step: Callable, *totals: Array) -> tuple[Array, ...]:
-            """Add to totals what `step` does with each part of the features of V."""
+            """Add to tiles [64, 64] of the keys' or queries' cotangent, and to other totals.
+
+            `step` takes them, by each part of the features of V, to what they are then.
+            """
 
             def of_part(index: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
                 slot = stream.slot(index)
                 plgpu.barrier_wait(full.at[slot])
-                totals = step({key: smem[key].at[slot] for key in streamed}, *totals)
+                parts = {key: smem[key].at[slot] for key in streamed}
+                totals = step(tiles, parts, list(totals))
                 stream.release(index)
-                return totals
+                return tuple(totals)
 
-            totals = lax.fori_loop(0, steps, of_part, totals)
+            totals = lax.fori_loop(0, steps, of_part, (*[nothing for _ in tiles], *totals))
             plgpu.barrier_wait(smem["features"].at[0])
             return totals
 
         def keys() -> None:
             """R and dM."""
-            recalled, lower = over_values(_recall, _zeros(width), _zeros(TILE))
+            *recalled, lower = over_values(_recall, nothing)
             read, write, decay = ours.number(READ), ours.number(WRITE), ours.decay()
-            under = inner_with_rows(own_k, recalled)
+            under = _inner(own_k, recalled)
             store_directly(sums.at[READ_BY_KEYS], -write * under)
-            recalled *= over_rows(-read * write, recalled)
-            store_parts(recalled, of_keys)
+            for tile, x in zip(tiles, recalled, strict=True):
+                store_parts(over_rows(-read * write, x) * x, of_keys.at[:, :, tile])
 
-            column, row_of = _triangle()
+            row_of, column = _places()
             lower = where(row_of > column, -lower)
             alike = lower * product(own_k, transposed(own_k))
             store_directly(target["decays"].at[index, block, 0], over_rows(write, alike) * alike)
@@ -188,35 +197,48 @@ def cotangents(
 
         def remembered() -> None:
             """S and the rest of dK, dg_C."""
-            totals = _zeros(width), _no_numbers(TILE), _no_numbers(width)
-            dk, values, passed = over_values(_remember, *totals)
+            no_numbers = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROW)
+            found = over_values(_remember, no_numbers, *[no_numbers for _ in tiles])
+            dk, values, passed = found[: len(tiles)], found[len(tiles)], found[len(tiles) + 1 :]
             store_directly(sums.at[WRITE_BY_VALUES], where(block == 0, values))
-            store_directly(target["carries"].at[index, block], passed)
-            store_directly(sums.at[LEFT_BY_KEYS], inner_with_rows(own_k, dk))
-            dk *= over_rows(ours.number(LEFT), dk)
+            for tile, x in zip(tiles, passed, strict=True):
+                store_directly(target["carries"].at[index, block, tile], x)
+            store_directly(sums.at[LEFT_BY_KEYS], _inner(own_k, dk))
+            left = ours.number(LEFT)
+            dk = [over_rows(left, x) * x for x in dk]
 
             meet(smem["shared"].at[0])
-            dk += load_matrix(of_keys.at[0]) + load_matrix(of_keys.at[1])
-            terms = [(between.at[part], own_k) for part in range(PARTS)]
-            terms += [(transposed(between.at[part]), own_k) for part in range(PARTS)]
-            terms += [(transposed(asking.at[part]), own_q) for part in range(PARTS)]
-            (dk,) = all_accumulated([dk], [terms])
-            store_directly(target["dk"].at[row, tokens, head, columns], dk.astype(k.dtype))
+            dk = [
+                x + sum(load_matrix(of_keys.at[part, :, tile]) for part in range(PARTS))
+                for tile, x in zip(tiles, dk, strict=True)
+            ]
+            factors = [(between.at[part], own_k) for part in range(PARTS)]
+            factors += [(transposed(between.at[part]), own_k) for part in range(PARTS)]
+            factors += [(transposed(asking.at[part]), own_q) for part in range(PARTS)]
+            put("dk", all_accumulated(dk, [_by_tile(factors, tile) for tile in tiles]))
 
         def asked() -> None:
             """A and the rest of dQ, dP."""
-            dq, scores = over_values(_ask, _zeros(width), _zeros(TILE))
-            store_directly(sums.at[READ_BY_QUERIES], inner_with_rows(own_q, dq))
-            dq *= over_rows(ours.number(READ), dq)
-            column, row_of = _triangle()
+            *dq, scores = over_values(_ask, nothing)
+            store_directly(sums.at[READ_BY_QUERIES], _inner(own_q, dq))
+            read = ours.number(READ)
+            dq = [over_rows(read, x) * x for x in dq]
+            row_of, column = _places()
             scores = where(row_of >= column, scores)
             by_keys = product(own_q, transposed(own_k))
             store_directly(target["decays"].at[index, block, 1], scores * by_keys)
             store_parts(scores * ours.decay(), asking)
             plgpu.commit_smem()
             meet(smem["shared"].at[0])
-            (dq,) = all_accumulated([dq], [[(asking.at[part], own_k) for part in range(PARTS)]])
-            store_directly(target["dq"].at[row, tokens, head, columns], dq.astype(q.dtype))
+            factors = [(asking.at[part], own_k) for part in range(PARTS)]
+            put("dq", all_accumulated(dq, [_by_tile(factors, tile) for tile in tiles]))
+
+        def put(key: str, cotangent: tuple[Array, ...]) -> None:
+            """Write a cotangent's tiles where they belong."""
+            for tile, x in enumerate(cotangent):
+                features = pl.ds(block * width + tile * TILE, TILE)
+                ref = target[key].at[row, tokens, head, features]
+                store_directly(ref, x.astype(q.dtype))
 
         def compute(group: Array) -> None:
             for number, role in enumerate((keys, remembered, asked)):
@@ -255,29 +277,28 @@ class _Chunk(NamedTuple):
         return load_rows(self.numbers.at[name])
 
 
-def _recall(parts: dict[str, Ref], recalled: Array, lower: Array) -> tuple[Array, Array]:
-    errors = parts["derrors"]
-    return all_accumulated(
-        [recalled, lower], [_pairs(errors, parts["states"]), _pairs(errors, parts["written"])]
-    )
+def _recall(tiles: list[Any], parts: dict[str, Ref], totals: list[Array]) -> tuple[Array, ...]:
+    keys, tokens = (_pairs(parts["derrors"], parts[key]) for key in ("states", "written"))
+    return all_accumulated(totals, [*(_by_tile(keys, tile) for tile in tiles), tokens])
 
 
-def _remember(
-    parts: dict[str, Ref], remembered: Array, values: Array, passed: Array
-) -> tuple[Array, Array, Array]:
+def _remember(tiles: list[Any], parts: dict[str, Ref], totals: list[Array]) -> tuple[Array, ...]:
+    remembered, (values, *passed) = totals[: len(tiles)], totals[len(tiles) :]
     values += row_sums([load_matrix(parts["v"]) * _by_row(parts["derrors"])])
-    passed += row_sums([_by_row(parts["states"]) * _by_row(parts["dstates"])])
+    for i, tile in enumerate(tiles):
+        before, after = (_by_row(parts[key].at[:, :, tile]) for key in ("states", "dstates"))
+        passed[i] += row_sums([before * after])
     plgpu.commit_smem()  # What has been read here may be overwritten by a copy.
     pairs = _pairs(parts["written"], parts["dstates"])
-    (remembered,) = all_accumulated([remembered], [pairs])
-    return remembered, values, passed
+    remembered = all_accumulated(remembered, [_by_tile(pairs, tile) for tile in tiles])
+    return *remembered, values, *passed
 
 
-def _ask(parts: dict[str, Ref], asked: Array, scores: Array) -> tuple[Array, Array]:
-    sums = [
+def _ask(tiles: list[Any], parts: dict[str, Ref], totals: list[Array]) -> tuple[Array, ...]:
+    keys, tokens = (
         [(parts["do"], parts[key].at[i]) for i in range(PARTS)] for key in ("states", "written")
-    ]
-    return all_accumulated([asked, scores], sums)
+    )
+    return all_accumulated(totals, [*(_by_tile(keys, tile) for tile in tiles), tokens])
 
 
 def _pairs(x: Ref, y: Ref) -> list[tuple[Ref, Ref]]:
@@ -285,22 +306,24 @@ def _pairs(x: Ref, y: Ref) -> list[tuple[Ref, Ref]]:
     return [(transposed(x.at[i]), y.at[j]) for i, j in ((0, 0), (1, 0), (0, 1))]
 
 
+def _by_tile(factors: list[tuple[Ref, Ref]], tile: Any) -> list[tuple[Ref, Ref]]:
+    """The same with 64 columns of the second factors."""
+    return [(x, y.at[:, tile]) for x, y in factors]
+
+
+def _inner(rows: Ref, tiles: Sequence[Array]) -> Array:
+    """Inner product of each of 64 rows in shared memory with the same row of tiles [64, 64]."""
+    return row_sums(load_matrix(rows.at[:, tile_of(i)]) * x for i, x in enumerate(tiles))
+
+
 def _by_row(x: Ref) -> Array:
     """The transpose of what is there in two parts."""
     return load_matrix(transposed(x.at[0])) + load_matrix(transposed(x.at[1]))
 
 
-def _triangle() -> tuple[Array, Array]:
-    """Column and row of every number of a matrix [64, 64]."""
-    column, row = (
-        plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), axis, layout=MATRIX) for axis in (1, 0)
+def _places() -> tuple[Array, Array]:
+    """Row and column of every number of a matrix [64, 64]."""
+    row, column = (
+        plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), axis, layout=MATRIX) for axis in range(2)
     )
-    return column, row
-
-
-def _zeros(columns: int) -> Array:
-    return plgpu.layout_cast(jnp.zeros((TILE, columns), jnp.float32), MATRIX)
-
-
-def _no_numbers(rows: int) -> Array:
-    return plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), ROW)
+    return row, column

@@ -91,9 +91,9 @@ class _Chunk(NamedTuple):
     scores: Ref
     numbers: Ref
 
-    def numbers_of(self, name: int) -> Array:
-        """One number for each token."""
-        return load_columns(self.numbers.at[name])
+    def weighted(self, name: int, x: Array) -> Array:
+        """A matrix of features and tokens times one number for each token."""
+        return over_columns(load_columns(self.numbers.at[name]), x) * x
 
 
 def forward(
@@ -116,17 +116,16 @@ def forward(
     """
 
     def step(chunk: _Chunk, whole: Array, state: tuple[Array, ...], put: _Put):
-        read, write, left = map(chunk.numbers_of, (READ, WRITE, LEFT))
-        by_keys, by_queries = _recalled(state, chunk.k, chunk.q)
-        values = load_matrix(transposed(chunk.own))
-        errors = over_columns(write, values) * (values - over_columns(read, values) * by_keys)
-        written = product_of_parts(errors, chunk.inverse, transpose=True)
-        outputs = over_columns(read, values) * by_queries
-        put.tokens(outputs + product_of_parts(written, chunk.scores, transpose=True))
         if keep:
             put.states(state)
+        by_keys, by_queries = _recalled(state, chunk.k, chunk.q)
+        errors = load_matrix(transposed(chunk.own)) - chunk.weighted(READ, by_keys)
+        written = product_of_parts(chunk.weighted(WRITE, errors), chunk.inverse, transpose=True)
+        outputs = chunk.weighted(READ, by_queries)
+        put.tokens(outputs + product_of_parts(written, chunk.scores, transpose=True))
+        if keep:
             put.written(written)
-        return _advanced(whole, state, (over_columns(left, values) * written, chunk.k))
+        return _advanced(whole, state, (chunk.weighted(LEFT, written), chunk.k))
 
     return _launch(
         w,
@@ -159,19 +158,17 @@ def backward(w: Walk, q, k, do, inverse, scores, gates: Gates, dstate) -> dict[s
     """
 
     def step(chunk: _Chunk, whole: Array, state: tuple[Array, ...], put: _Put):
-        read, write, left = map(chunk.numbers_of, (READ, WRITE, LEFT))
         put.states(state)
         (by_keys,) = _recalled(state, chunk.k)
         cotangent = load_matrix(transposed(chunk.own))
         rounded = cotangent.astype(jnp.bfloat16)
         (written,) = products([(rounded, chunk.scores.at[part]) for part in range(PARTS)])
-        written += over_columns(left, written) * by_keys
-        errors = product_of_parts(written, chunk.inverse)
+        errors = product_of_parts(written + chunk.weighted(LEFT, by_keys), chunk.inverse)
         put.written(errors)
-        errors = over_columns(write, errors) * errors
+        errors = chunk.weighted(WRITE, errors)
         put.tokens(errors)
-        read = over_columns(read, errors)
-        return _advanced(whole, state, (read * cotangent, chunk.q), (-read * errors, chunk.k))
+        asked, errors = chunk.weighted(READ, cotangent), -chunk.weighted(READ, errors)
+        return _advanced(whole, state, (asked, chunk.q), (errors, chunk.k))
 
     return _launch(
         w,
