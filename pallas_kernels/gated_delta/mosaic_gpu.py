@@ -24,7 +24,6 @@ from pallas_kernels.distribution import distributed
 from pallas_kernels.gated_delta import mosaic_gpu_gates as gates_of
 from pallas_kernels.gated_delta import mosaic_gpu_walk as walk
 from pallas_kernels.gated_delta.mosaic_gpu_cotangents import cotangents
-from pallas_kernels.gated_delta.mosaic_gpu_gates import WRITE, by_chunk, by_token
 from pallas_kernels.gated_delta.mosaic_gpu_triangles import triangles
 from pallas_kernels.gated_delta.mosaic_gpu_walk import CHUNK, Walk
 from pallas_kernels.mlstm.mosaic_gpu_problem import multiprocessors_here
@@ -128,7 +127,7 @@ def forward(
     memory: Array,
 ) -> tuple[Array, Array]:
     """Outputs of one device and its last state."""
-    call = _Call(config, q, k, v, alpha, beta)
+    call = _Call(config, q, k, v, alpha, beta, keep=False)
     found = walk.forward(call.walk, *call.arguments(call.v), call.state(memory), keep=False)
     return call.tokens(found["tokens"], like=v), call.memory(found["state"], like=memory)
 
@@ -145,13 +144,17 @@ def backward(
     dmemory: Array,
 ) -> tuple[Array, ...]:
     """Cotangents of the arguments of `forward`, from those of its results."""
-    call = _Call(config, q, k, v, alpha, beta)
+    call = _Call(config, q, k, v, alpha, beta, keep=True)
     kept = walk.forward(call.walk, *call.arguments(call.v), call.state(memory), keep=True)
     do = call.padded(do.astype(v.dtype))
     back = walk.backward(call.walk, *call.arguments(do), call.state(dmemory))
     by_values = [x[key] for key in ("states", "written") for x in (kept, back)]
-    dq, dk, dgates = cotangents(call.q, call.k, call.v, do, call.gates, *by_values)
-    dalpha, dbeta = (by_token(x)[:, : q.shape[1]] for x in call.pull(dgates))
+    decay = call.triangles.decay
+    dq, dk, *dgates = cotangents(call.q, call.k, call.v, do, decay, call.gates, *by_values)
+    shape = call.q.shape[:3]
+    dalpha, dbeta = (
+        x[:, : q.shape[1]] for x in gates_of.gradient(call.gates, decay, *dgates, shape)
+    )
     return (
         *(call.tokens(x, like=q) for x in (dq, dk)),
         call.tokens(back["tokens"], like=v),
@@ -167,19 +170,15 @@ class _Call:
     Attributes:
         q, k, v: padded to whole chunks and tiles.
         walk: what is walked over.
-        gates: of `mosaic_gpu_gates.gates`, flat.
-        pull: takes cotangents of `gates` to those of alpha and beta, by chunk.
-        triangles: X and P.
+        gates, triangles: of the chunks.
     """
 
-    def __init__(self, config: TuningConfig, q, k, v, alpha, beta):
+    def __init__(self, config: TuningConfig, q, k, v, alpha, beta, *, keep: bool):
         self.q, self.k, self.v = (self.padded(x) for x in (q, k, v))
         batch, time, heads, q_dim = self.q.shape
-        numbers = _pad(alpha, [0, CHUNK], 1.0), _pad(beta, [0, CHUNK])
-        numbers = (by_chunk(x, CHUNK) for x in numbers)
-        self.gates, self.pull = jax.vjp(lambda *x: gates_of.gates(*x).flat(), *numbers)
-        strength = self.gates.numbers[:, WRITE]
-        self.triangles = triangles(self.q, self.k, self.gates.decay, strength)
+        padded = _pad(alpha, [0, CHUNK], 1.0), _pad(beta, [0, CHUNK])
+        self.gates = gates_of.gates(*padded, CHUNK)
+        self.triangles = triangles(self.q, self.k, self.gates, keep=keep)
         walked = Walk(batch, time // CHUNK, heads, q_dim, self.v.shape[-1], groups=1)
         self.walk = walked._replace(
             groups=config.groups or suited_groups(walked, multiprocessors_here())
@@ -192,7 +191,7 @@ class _Call:
 
     def arguments(self, values: Array) -> tuple[Array, ...]:
         """What both walks take but for the state, with v or the cotangent of the outputs."""
-        return self.q, self.k, values, *self.triangles, self.gates
+        return self.q, self.k, values, self.triangles, self.gates
 
     def state(self, memory: Array) -> Array:
         """[B, H, Dk, Dv] -> [B H, Dv, Dk], padded."""

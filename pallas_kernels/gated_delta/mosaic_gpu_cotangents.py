@@ -71,18 +71,20 @@ def cotangents(
     k: Array,
     v: Array,
     do: Array,
+    decay: Array,
     gates: Gates,
     states: Array,
     dstates: Array,
     written: Array,
     derrors: Array,
-) -> tuple[Array, Array, Gates]:
-    """Return the cotangents of Q, K [B, T, H, Dk] in their dtype, and of the gates.
+) -> tuple[Array, ...]:
+    """Return the cotangents of Q, K, L, `gates.numbers` and `gates.carry`.
 
     Args:
         q, k: [B, T, H, Dk], bfloat16, T = 64 N.
         v, do: [B, T, H, Dv], bfloat16.
-        gates: flat, [B H N, ...].
+        decay: L, [B H N, 64, 64], float32.
+        gates: of the chunks.
         states, dstates: H^T before every chunk, and its cotangent after, [B H N, 2, Dv, Dk], in two
             parts, bfloat16.
         written, derrors: U^T and dE'^T, [B H N, 2, Dv, 64], likewise.
@@ -91,7 +93,7 @@ def cotangents(
     chunks, steps = time // TILE, v.shape[-1] // TILE
     width = _WIDEST if q_dim % _WIDEST == 0 else TILE
     blocks = q_dim // width
-    given = {"q": q, "k": k, "v": v, "do": do, "decay": gates.decay, "numbers": gates.numbers}
+    given = {"q": q, "k": k, "v": v, "do": do, "decay": decay, "numbers": gates.numbers}
     given |= {"states": states, "dstates": dstates, "written": written, "derrors": derrors}
 
     def float32(*shape: int) -> jax.ShapeDtypeStruct:
@@ -259,7 +261,7 @@ def cotangents(
     }
     dnumbers = jnp.stack([dnumbers[name] for name in sorted(dnumbers)], axis=1)
     ddecay, dcarry = jnp.sum(decays, axis=(1, 2)), jnp.sum(carries, axis=(1, 2))
-    return dq, dk, Gates(ddecay, dnumbers, dcarry)
+    return dq, dk, ddecay, dnumbers, dcarry
 
 
 class _Chunk(NamedTuple):

@@ -29,6 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gated_delta.mosaic_gpu_gates import LEFT, READ, WRITE, Gates
 from pallas_kernels.gated_delta.mosaic_gpu_parts import PARTS, product_of_parts, split
+from pallas_kernels.gated_delta.mosaic_gpu_triangles import Triangles
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     Stream,
     free_barriers,
@@ -97,7 +98,7 @@ class _Chunk(NamedTuple):
 
 
 def forward(
-    w: Walk, q, k, v, inverse, scores, gates: Gates, state, *, keep: bool
+    w: Walk, q, k, v, triangles: Triangles, gates: Gates, state, *, keep: bool
 ) -> dict[str, Array]:
     """Walk from the first chunk to the last.
 
@@ -105,8 +106,7 @@ def forward(
         w: the walk.
         q, k: [B, T, H, Dk], bfloat16, T = 64 N.
         v: [B, T, H, Dv], bfloat16.
-        inverse, scores: X and P in two parts, [B H N, 2, 64, 64], bfloat16.
-        gates: flat, [B H N, ...].
+        triangles, gates: of the chunks.
         state: H^T before the first chunk, [B H, Dv, Dk], float32.
         keep: whether to write H^T and U^T of every chunk down, in two parts.
 
@@ -134,8 +134,7 @@ def forward(
         q,
         k,
         v,
-        inverse,
-        scores,
+        triangles,
         gates,
         state,
         keep=keep,
@@ -143,11 +142,11 @@ def forward(
     )
 
 
-def backward(w: Walk, q, k, do, inverse, scores, gates: Gates, dstate) -> dict[str, Array]:
+def backward(w: Walk, q, k, do, triangles: Triangles, gates: Gates, dstate) -> dict[str, Array]:
     """Walk from the last chunk to the first.
 
     Args:
-        w, q, k, inverse, scores, gates: as in `forward`.
+        w, q, k, triangles, gates: as in `forward`.
         do: dO [B, T, H, Dv], bfloat16.
         dstate: cotangent of H^T after the last chunk, [B H, Dv, Dk], float32.
 
@@ -177,8 +176,7 @@ def backward(w: Walk, q, k, do, inverse, scores, gates: Gates, dstate) -> dict[s
         q,
         k,
         do,
-        inverse,
-        scores,
+        triangles,
         gates,
         dstate,
         keep=True,
@@ -223,8 +221,7 @@ def _launch(
     q,
     k,
     x,
-    inverse,
-    scores,
+    triangles: Triangles,
     gates: Gates,
     state,
     *,
@@ -257,7 +254,8 @@ def _launch(
         "full": full_barriers(slots, 5 + groups),
         "free": free_barriers(slots, groups),
     }
-    given = {"q": q, "k": k, "own": x, "inverse": inverse, "scores": scores}
+    given = {"q": q, "k": k, "own": x}
+    given |= {"inverse": triangles.inverse, "scores": triangles.scores}
     given |= {"numbers": gates.numbers, "carry": gates.carry, "state": state}
 
     def body(*refs):
