@@ -62,6 +62,7 @@ SHAPES = f"B {BATCH}, T {TIME}, H {HEADS}, D {FEATURES} ({_MATRIX_MEMORIES}), bf
 
 _MODULES = (
     "pallas_kernels.mlstm.entries_gpu",
+    "pallas_kernels.gated_delta.entries_gpu",
     "pallas_kernels.swr.entries_gpu",
     "pallas_kernels.swr.entries_tpu",
     "pallas_kernels.mlstm.entries_tpu",

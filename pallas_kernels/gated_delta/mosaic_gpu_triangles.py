@@ -22,6 +22,7 @@ from pallas_kernels.gated_delta.mosaic_gpu_parts import PARTS, product_of_parts,
 from pallas_kernels.mlstm.mosaic_gpu_pipeline import full_barriers, launch
 from pallas_kernels.mlstm.mosaic_gpu_tiles import (
     MATRIX,
+    ROW,
     load_matrix,
     load_rows,
     matrices,
@@ -136,8 +137,8 @@ def _decays(window: Array, diagonal: Array, steps: Ref, windows: Ref) -> Array:
     """
     above, own = pl.ds(0, TILE), pl.ds(TILE, TILE)
     decay = jnp.where(diagonal, jnp.float32(1), jnp.float32(0))
-    steps[above, above] = jnp.zeros_like(decay)
-    store_directly(windows.at[above], jnp.zeros_like(window))
+    steps[above, above] = plgpu.layout_cast(jnp.zeros_like(decay), MATRIX)
+    store_directly(windows.at[above], plgpu.layout_cast(jnp.zeros_like(window), ROW))
     size = 1
     while size < TILE:
         shifted = pl.ds(TILE - size, TILE)

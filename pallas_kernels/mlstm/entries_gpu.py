@@ -115,7 +115,7 @@ def _walked(batch: int, pieces: int, backward: bool, *, name: str, **more: Any) 
     moved = FORWARD_BYTES + passed_over
     flops = _products(TILE, states=1, scores=1, outputs=1, reads=1)
     # A part of a kernel's name must be in no other's.
-    launches = [_walk("mlstm_fused_forward", time, TILE, 2 * (tokens + TILE * Q_DIM * 2))]
+    launches = [walk_launch("mlstm_fused_forward", time, TILE, 2 * (tokens + TILE * Q_DIM * 2))]
     for_pieces = ["forward"]
     if backward:
         states = STATE_BYTES // (GROUP * TILE)
@@ -124,12 +124,15 @@ def _walked(batch: int, pieces: int, backward: bool, *, name: str, **more: Any) 
         moved += 2 * passed_over
         flops += _products(TILE, states=2, scores=4, outputs=3, reads=3)
         launches += [
-            _walk(f"mlstm_fused_{name}", time, TILE, 2 * 2 * tokens) for name in ("rows", "columns")
+            walk_launch(f"mlstm_fused_{name}", time, TILE, 2 * 2 * tokens)
+            for name in ("rows", "columns")
         ]
         for_pieces += ["again", "backward"]
     if pieces > 1:
         flops += len(for_pieces) * _products(TILE, states=1) * (pieces - 1) // pieces
-        launches += [_walk(f"mlstm_pieces_{name}", time, TILE, 3 * tokens) for name in for_pieces]
+        launches += [
+            walk_launch(f"mlstm_pieces_{name}", time, TILE, 3 * tokens) for name in for_pieces
+        ]
     return _entry(
         batch,
         (TILE, TILE),
@@ -166,7 +169,7 @@ def _by_chunk(backward: bool) -> Entry:
         warpgroups=[EVERYONE, *[COMPUTING] * 3, *[LOADING] * 6],
     )
     in_flight = 4 * TILE * (64 + 64) * 2
-    launches = [outputs, _walk("mlstm_states_forward", time, chunk, in_flight, alone=True)]
+    launches = [outputs, walk_launch("mlstm_states_forward", time, chunk, in_flight, alone=True)]
     flops = _products(chunk, states=1, scores=1, outputs=1, reads=1)
     ratio, spill = 2.7, 0
     if backward:
@@ -208,14 +211,16 @@ def _gradient_by_chunk(time: int, in_flight: int) -> list[Launch]:
         return Launch(kernel, trips, bytes_in_flight=in_flight, warpgroups=groups)
 
     return [
-        _walk("mlstm_states_again", time, CHUNK, in_flight, alone=True),
-        _walk("mlstm_states_backward", time, CHUNK, in_flight, alone=True),
+        walk_launch("mlstm_states_again", time, CHUNK, in_flight, alone=True),
+        walk_launch("mlstm_states_backward", time, CHUNK, in_flight, alone=True),
         by_span("mlstm_rows_gradient", 1, 1, 3 * 3 * tile_bytes),
         by_span("mlstm_columns_gradient", 3, 3, 2 * 3 * tile_bytes),
     ]
 
 
-def _walk(kernel: str, time: int, chunk: int, in_flight: int, *, alone: bool = False) -> Launch:
+def walk_launch(
+    kernel: str, time: int, chunk: int, in_flight: int, *, alone: bool = False
+) -> Launch:
     """Over chunks in one warpgroup, or two, and by tiles in the loader."""
     trips, groups = [time // chunk, time // TILE], [COMPUTING, LOADING]
     if alone:
