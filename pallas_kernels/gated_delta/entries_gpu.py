@@ -25,79 +25,92 @@ from pallas_kernels.mlstm.entries_gpu import (
 from pallas_kernels.mlstm.tuning import TILE
 from pallas_kernels.targets import Chip, Launch
 
-_CONFIG = TuningConfig(groups=2)
-_V_BLOCKS = V_DIM // TILE // 2
+_CONFIG = TuningConfig()
 
 _CHUNKS = TOKENS // TILE
 _TRIANGLE_BYTES = _CHUNKS * PARTS * TILE * TILE * 2  # of X or P, and of L
 _STATE_BYTES = _CHUNKS * PARTS * Q_DIM * V_DIM * 2  # of H, before every chunk
 _WRITTEN_BYTES = PARTS * V_BYTES  # of U
-_ENDS_BYTES = 2 * BATCH * HEADS * Q_DIM * V_DIM * 4  # of the first and the last state
 
-_FORWARD_BYTES = 2 * Q_BYTES + 2 * V_BYTES + 2 * GATE_BYTES + _ENDS_BYTES
+_FORWARD_BYTES = 2 * Q_BYTES + 2 * V_BYTES + 2 * GATE_BYTES
 # Inputs and the cotangents of results, then those of inputs.
-_BACKWARD_BYTES = 4 * Q_BYTES + 3 * V_BYTES + 4 * GATE_BYTES + _ENDS_BYTES
+_BACKWARD_BYTES = 4 * Q_BYTES + 3 * V_BYTES + 4 * GATE_BYTES
 
 _TRIANGLES_MOVE = 2 * Q_BYTES + 2 * GATE_BYTES + 2 * _TRIANGLE_BYTES
-# Every block of features of V reads what its chunks have in common.
-_IN_COMMON = 2 * Q_BYTES + 2 * _TRIANGLE_BYTES + 3 * GATE_BYTES
-_WALK_MOVES = _V_BLOCKS * _IN_COMMON + 2 * V_BYTES + _ENDS_BYTES
-_KEEPING_MOVES = _WALK_MOVES + _STATE_BYTES + _WRITTEN_BYTES
 _COTANGENTS_MOVE = 4 * Q_BYTES + 2 * V_BYTES + 3 * _TRIANGLE_BYTES + 8 * GATE_BYTES
 _COTANGENTS_MOVE += 2 * (_STATE_BYTES + _WRITTEN_BYTES) + _CHUNKS * Q_DIM * 4
 
 
 def entries() -> tuple[Entry, ...]:
-    """Forward alone, and with the backward: two calls, as a gradient makes them."""
-    return _entry(with_backward=False), _entry(with_backward=True)
+    """Of eight sequences, and of a single long one, whose walks do not fill the chip.
+
+    Forward alone, and with the backward: two calls, as a gradient makes them.
+    """
+    return tuple(
+        make(with_backward=with_backward)
+        for make in (
+            functools.partial(_entry, "published", BATCH, groups=2, ratios=(3.0, 7.0)),
+            functools.partial(_entry, "long", 1, groups=1, ratios=(5.0, 9.0)),
+        )
+        for with_backward in (False, True)
+    )
 
 
-def _entry(*, with_backward: bool) -> Entry:
+def _entry(
+    name: str, batch: int, *, groups: int, ratios: tuple[float, float], with_backward: bool
+) -> Entry:
+    """Of `batch` sequences, as warpgroups are chosen for them, and most times over the floor."""
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    q = jax.ShapeDtypeStruct((BATCH, TIME, HEADS, Q_DIM), DTYPE)
-    v = jax.ShapeDtypeStruct((BATCH, TIME, HEADS, V_DIM), DTYPE)
-    gate, memory = shape((BATCH, TIME, HEADS)), shape((BATCH, HEADS, Q_DIM, V_DIM))
+    time = BATCH * TIME // batch
+    q = jax.ShapeDtypeStruct((batch, time, HEADS, Q_DIM), DTYPE)
+    v = jax.ShapeDtypeStruct((batch, time, HEADS, V_DIM), DTYPE)
+    gate, memory = shape((batch, time, HEADS)), shape((batch, HEADS, Q_DIM, V_DIM))
     given, call = (q, q, v, gate, gate, memory), functools.partial(forward, _CONFIG)
 
     def both(do, dmemory, *arguments):
         return call(*arguments), backward(_CONFIG, *arguments, do, dmemory)
 
-    # Of what a program's tokens do, twice: a walk loads a chunk ahead.
-    in_flight = 2 * (2 * Q_DIM + 2 * PARTS * TILE + 2 * TILE) * TILE * 2
-    moved, launches = _TRIANGLES_MOVE + _WALK_MOVES, [_walk("forward", in_flight)]
+    # The first and the last state; what chunks have in common, for each block of features of V.
+    ends = 2 * batch * HEADS * Q_DIM * V_DIM * 4
+    in_common = 2 * Q_BYTES + 2 * _TRIANGLE_BYTES + 3 * GATE_BYTES
+    walk = V_DIM // TILE // groups * in_common + 2 * V_BYTES + ends
+    # Two chunks at a time.
+    in_flight = 2 * (2 * Q_DIM + 2 * PARTS * TILE + groups * TILE) * TILE * 2
+    walked = functools.partial(
+        walk_launch, time=time, chunk=TILE, in_flight=in_flight, alone=groups == 1
+    )
+    moved, launches = _TRIANGLES_MOVE + walk, [walked("gated_delta_walk_forward")]
     # Of whole matrices; the inverse not counted.
     reads, state = TILE * (Q_DIM + V_DIM), Q_DIM * V_DIM
-    products, ratio = 2 * reads + 3 * state, 3.0
+    products = 2 * reads + 3 * state
     if with_backward:
-        moved += _TRIANGLES_MOVE + _TRIANGLE_BYTES + 2 * _KEEPING_MOVES + _COTANGENTS_MOVE
-        launches += [_walk("backward", in_flight), _cotangents()]
-        products, ratio = products + 5 * reads + 8 * state, 7.0
-    name = "forward+backward" if with_backward else "forward"
+        moved += _TRIANGLES_MOVE + _TRIANGLE_BYTES + _COTANGENTS_MOVE
+        moved += 2 * (walk + _STATE_BYTES + _WRITTEN_BYTES)
+        launches += [walked("gated_delta_walk_backward"), _cotangents()]
+        products += 5 * reads + 8 * state
+    triangles = Launch("gated_delta_triangles", bytes_in_flight=2 * 2 * Q_DIM * TILE * 2)
+    passes = "forward+backward" if with_backward else "forward"
     return Entry(
-        name=f"gated_delta/published/{name}",
+        name=f"gated_delta/{name}/{passes}",
         platform="gpu",
         build=lambda _: (both, (v, memory, *given)) if with_backward else (call, given),
-        bytes_minimum=_FORWARD_BYTES + with_backward * _BACKWARD_BYTES,
+        bytes_minimum=_FORWARD_BYTES + ends + with_backward * (_BACKWARD_BYTES + ends),
         bytes_moved=moved,
         matrix_flops=2 * products * TOKENS,
-        launches=(
-            Launch("gated_delta_triangles", bytes_in_flight=2 * 2 * Q_DIM * TILE * 2),
-            *launches,
-        ),
+        launches=(triangles, *launches),
         chips=("h100", "h200"),
-        budget=functools.partial(_budget, ratio, 160 if with_backward else 0),
+        budget=functools.partial(_budget, ratios[with_backward], 160 if with_backward else 0),
     )
 
 
 def _budget(ratio: float, spill: int, chip: Chip) -> Budget:
-    """The states go through memory in two parts: more bytes than the least, and exact gradients."""
+    """The states go through memory in two parts: more bytes than the least, and exact gradients.
+
+    Walks over few sequences wait for one product after the other.
+    """
     return dataclasses.replace(
-        default_budget(chip), bytes_ratio=ratio, floor_ratio=ratio, spill=spill
+        default_budget(chip), bytes_ratio=ratio, floor_ratio=ratio, issue_ratio=0.8, spill=spill
     )
-
-
-def _walk(direction: str, in_flight: int) -> Launch:
-    return walk_launch(f"gated_delta_walk_{direction}", TIME, TILE, in_flight)
 
 
 def _cotangents() -> Launch:

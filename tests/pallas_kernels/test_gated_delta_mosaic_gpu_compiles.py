@@ -22,10 +22,14 @@ WALKS = {"gated_delta_walk_forward", "gated_delta_walk_backward"}
 OTHERS = {"gated_delta_triangles", "gated_delta_cotangents"}
 
 
-def test_within_budget_at_the_published_shape():
+def test_within_budget_at_the_published_shapes():
     results = catalogue.check(CHIP, "gated_delta/")
     names = {report.name for report, _ in results}
-    assert names == {f"gated_delta/published/{name}" for name in ("forward", "forward+backward")}
+    assert names == {
+        f"gated_delta/{shape}/{passes}"
+        for shape in ("published", "long")
+        for passes in ("forward", "forward+backward")
+    }
     for report, broken in results:
         assert broken == [], report.name
         for kernel in report.kernels:
