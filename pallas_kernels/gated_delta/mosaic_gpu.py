@@ -1,14 +1,15 @@
-"""Chunkwise gated delta rule for Hopper GPUs (Mosaic GPU): a walk forward, and one back.
+"""Chunkwise gated delta rule for Hopper GPUs (Mosaic GPU), in chunks of 64 tokens.
 
-Chunks of 64 tokens. What does not depend on the state, the inverse of the WY form and the scores,
-XLA computes for all chunks at once; the walk hands the state on from chunk to chunk in registers,
-and has the outputs. The backward pass walks forward again, writes the states before all chunks
-down, walks back, and leaves the sums over features of v to XLA.
+`triangles` solves every chunk on its own: the inverse of the WY form and the scores. `walk` then
+hands the state on from chunk to chunk in registers, and has the outputs. The backward pass walks
+forward again and writes the states before all chunks down, walks back, and `cotangents` has what
+is left for each chunk on its own. Nothing is saved between the passes but the arguments.
 
 Products are of bfloat16 numbers with sums in float32; what is computed goes into them in two of
 these, so that nothing but inputs and outputs is rounded to 8 bits.
 
-What costs extra:
+What costs extra, all of it outside the kernels, in XLA:
+    the gates                         are transposed; their prefix products, and their gradient
     Dk or Dv not a multiple of 64     padding copies, and products with the zeros
     T not a multiple of 64            padding copies
 """

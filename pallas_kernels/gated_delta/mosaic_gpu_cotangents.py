@@ -63,7 +63,7 @@ _SLOTS = 2
 # What comes part by part of the features of V: by token, by key and, of a chunk, by token again.
 _BY_TOKEN, _BY_KEY, _BY_FEATURE = ("v", "do"), ("states", "dstates"), ("written", "derrors")
 # Sums of a chunk's rows: of dg, by queries and by keys; of dbeta, by values and by keys; dr.
-READ_BY_QUERIES, READ_BY_KEYS, WRITE_BY_VALUES, WRITE_BY_KEYS, LEFT_BY_KEYS = range(5)
+_READ_BY_QUERIES, _READ_BY_KEYS, _WRITE_BY_VALUES, _WRITE_BY_KEYS, _LEFT_BY_KEYS = range(5)
 
 
 def cotangents(
@@ -184,7 +184,7 @@ def cotangents(
             *recalled, lower = over_values(_recall, nothing)
             read, write, decay = ours.number(READ), ours.number(WRITE), ours.decay()
             under = _inner(own_k, recalled)
-            store_directly(sums.at[READ_BY_KEYS], -write * under)
+            store_directly(sums.at[_READ_BY_KEYS], -write * under)
             for tile, x in zip(tiles, recalled, strict=True):
                 store_parts(over_rows(-read * write, x) * x, of_keys.at[:, :, tile])
 
@@ -192,7 +192,7 @@ def cotangents(
             lower = where(row_of > column, -lower)
             alike = lower * product(own_k, transposed(own_k))
             store_directly(target["decays"].at[index, block, 0], over_rows(write, alike) * alike)
-            store_directly(sums.at[WRITE_BY_KEYS], row_sums([alike * decay]) - read * under)
+            store_directly(sums.at[_WRITE_BY_KEYS], row_sums([alike * decay]) - read * under)
             store_parts(over_rows(write, lower) * lower * decay, between)
             plgpu.commit_smem()
             meet(smem["shared"].at[0])
@@ -202,10 +202,10 @@ def cotangents(
             no_numbers = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROW)
             found = over_values(_remember, no_numbers, *[no_numbers for _ in tiles])
             dk, values, passed = found[: len(tiles)], found[len(tiles)], found[len(tiles) + 1 :]
-            store_directly(sums.at[WRITE_BY_VALUES], where(block == 0, values))
+            store_directly(sums.at[_WRITE_BY_VALUES], where(block == 0, values))
             for tile, x in zip(tiles, passed, strict=True):
                 store_directly(target["carries"].at[index, block, tile], x)
-            store_directly(sums.at[LEFT_BY_KEYS], _inner(own_k, dk))
+            store_directly(sums.at[_LEFT_BY_KEYS], _inner(own_k, dk))
             left = ours.number(LEFT)
             dk = [over_rows(left, x) * x for x in dk]
 
@@ -222,7 +222,7 @@ def cotangents(
         def asked() -> None:
             """A and the rest of dQ, dP."""
             *dq, scores = over_values(_ask, nothing)
-            store_directly(sums.at[READ_BY_QUERIES], _inner(own_q, dq))
+            store_directly(sums.at[_READ_BY_QUERIES], _inner(own_q, dq))
             read = ours.number(READ)
             dq = [over_rows(read, x) * x for x in dq]
             row_of, column = _places()
@@ -255,9 +255,9 @@ def cotangents(
     dq, dk, decays, sums, carries = run(*given.values())
     sums = jnp.sum(sums, axis=1)
     dnumbers = {
-        READ: sums[:, READ_BY_QUERIES] + sums[:, READ_BY_KEYS],
-        WRITE: sums[:, WRITE_BY_VALUES] + sums[:, WRITE_BY_KEYS],
-        LEFT: sums[:, LEFT_BY_KEYS],
+        READ: sums[:, _READ_BY_QUERIES] + sums[:, _READ_BY_KEYS],
+        WRITE: sums[:, _WRITE_BY_VALUES] + sums[:, _WRITE_BY_KEYS],
+        LEFT: sums[:, _LEFT_BY_KEYS],
     }
     dnumbers = jnp.stack([dnumbers[name] for name in sorted(dnumbers)], axis=1)
     ddecay, dcarry = jnp.sum(decays, axis=(1, 2)), jnp.sum(carries, axis=(1, 2))

@@ -7,7 +7,7 @@ out, 2^-16 of the whole.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mlstm.mosaic_gpu_tiles import products, transposed
+from pallas_kernels.mlstm.mosaic_gpu_tiles import products, store_in_two, transposed
 
 Array = jax.Array
 Ref = jax.Ref
@@ -23,8 +23,7 @@ def split(x: Array) -> tuple[Array, Array]:
 
 def store_parts(x: Array, ref: Ref) -> None:
     """Store x in a matrix [2, 64, N] in parts."""
-    for i, part in enumerate(split(x)):
-        ref[i] = part
+    store_in_two(x, ref.at[0], ref.at[1])
 
 
 def product_of_parts(x: Array, matrix: Ref, *, transpose: bool = False) -> Array:
