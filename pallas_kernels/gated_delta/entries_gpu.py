@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.catalogue import Budget, Entry, default_budget
 from pallas_kernels.gated_delta.mosaic_gpu import TuningConfig, backward, forward
-from pallas_kernels.gated_delta.mosaic_gpu_parts import PARTS
+from pallas_kernels.hopper.chip import TILE
+from pallas_kernels.hopper.parts import PARTS
 from pallas_kernels.mlstm.entries_gpu import (
     BATCH,
     DTYPE,
@@ -22,7 +23,6 @@ from pallas_kernels.mlstm.entries_gpu import (
     V_DIM,
     walk_launch,
 )
-from pallas_kernels.mlstm.tuning import TILE
 from pallas_kernels.targets import Chip, Launch
 
 _CONFIG = TuningConfig()

@@ -27,8 +27,7 @@ from pallas_kernels.gated_delta import mosaic_gpu_walk as walk
 from pallas_kernels.gated_delta.mosaic_gpu_cotangents import cotangents
 from pallas_kernels.gated_delta.mosaic_gpu_triangles import triangles
 from pallas_kernels.gated_delta.mosaic_gpu_walk import CHUNK, Walk
-from pallas_kernels.mlstm.mosaic_gpu_problem import multiprocessors_here
-from pallas_kernels.mlstm.tuning import TILE, fills
+from pallas_kernels.hopper.chip import TILE, fills, multiprocessors_here
 
 Array = jax.Array
 

@@ -27,8 +27,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gated_delta.mosaic_gpu_gates import LEFT, READ, WRITE, Gates
-from pallas_kernels.gated_delta.mosaic_gpu_parts import PARTS, store_parts
-from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
+from pallas_kernels.hopper.chip import TILE
+from pallas_kernels.hopper.parts import PARTS, store_parts
+from pallas_kernels.hopper.pipeline import (
     Stream,
     free_barriers,
     full_barriers,
@@ -36,7 +37,7 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     meet,
     warpgroups,
 )
-from pallas_kernels.mlstm.mosaic_gpu_tiles import (
+from pallas_kernels.hopper.tiles import (
     MATRIX,
     ROW,
     all_accumulated,
@@ -52,7 +53,6 @@ from pallas_kernels.mlstm.mosaic_gpu_tiles import (
     transposed,
     where,
 )
-from pallas_kernels.mlstm.tuning import TILE
 
 Array = jax.Array
 Ref = jax.Ref

@@ -18,9 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gated_delta.mosaic_gpu_gates import WRITE, Gates
-from pallas_kernels.gated_delta.mosaic_gpu_parts import PARTS, product_of_parts, store_parts
-from pallas_kernels.mlstm.mosaic_gpu_pipeline import full_barriers, launch
-from pallas_kernels.mlstm.mosaic_gpu_tiles import (
+from pallas_kernels.hopper.chip import TILE
+from pallas_kernels.hopper.parts import PARTS, product_of_parts, store_parts
+from pallas_kernels.hopper.pipeline import full_barriers, launch
+from pallas_kernels.hopper.tiles import (
     MATRIX,
     ROW,
     load_matrix,
@@ -33,7 +34,6 @@ from pallas_kernels.mlstm.mosaic_gpu_tiles import (
     vectors,
     where,
 )
-from pallas_kernels.mlstm.tuning import TILE
 
 Array = jax.Array
 Ref = jax.Ref

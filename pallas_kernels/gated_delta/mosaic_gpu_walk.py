@@ -28,16 +28,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gated_delta.mosaic_gpu_gates import LEFT, READ, WRITE, Gates
-from pallas_kernels.gated_delta.mosaic_gpu_parts import PARTS, product_of_parts, split
 from pallas_kernels.gated_delta.mosaic_gpu_triangles import Triangles
-from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
+from pallas_kernels.hopper.chip import SHARED_MEMORY, TILE
+from pallas_kernels.hopper.parts import PARTS, product_of_parts, split
+from pallas_kernels.hopper.pipeline import (
     Stream,
     free_barriers,
     full_barriers,
     launch,
     warpgroups,
 )
-from pallas_kernels.mlstm.mosaic_gpu_tiles import (
+from pallas_kernels.hopper.tiles import (
     all_accumulated,
     load_columns,
     load_matrix,
@@ -50,7 +51,6 @@ from pallas_kernels.mlstm.mosaic_gpu_tiles import (
     untyped,
     vectors,
 )
-from pallas_kernels.mlstm.tuning import SHARED_MEMORY, TILE
 
 Array = jax.Array
 Ref = jax.Ref

@@ -13,16 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.catalogue import Budget, Entry, default_budget
+from pallas_kernels.hopper.chip import MULTIPROCESSORS, TILE
 from pallas_kernels.mlstm import mosaic_gpu
 from pallas_kernels.mlstm.gradient import Options
 from pallas_kernels.mlstm.mosaic_gpu_fused_backward import GROUP
-from pallas_kernels.mlstm.tuning import (
-    LONGEST_CHUNK,
-    MULTIPROCESSORS,
-    TILE,
-    TuningConfig,
-    suited_span,
-)
+from pallas_kernels.mlstm.tuning import LONGEST_CHUNK, TuningConfig, suited_span
 from pallas_kernels.targets import Chip, Launch
 
 BATCH, TIME, HEADS, Q_DIM, V_DIM = 8, 8192, 16, 128, 256

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.hopper.chip import TILE, multiprocessors_here
 from pallas_kernels.mlstm import gates as rows_of
 from pallas_kernels.mlstm import mosaic_gpu_columns as columns
 from pallas_kernels.mlstm import mosaic_gpu_fused as fused
@@ -27,14 +28,9 @@ from pallas_kernels.mlstm import mosaic_gpu_outputs as outputs
 from pallas_kernels.mlstm import mosaic_gpu_pieces as pieces
 from pallas_kernels.mlstm import mosaic_gpu_rows as rows
 from pallas_kernels.mlstm.gradient import Passes, entry_point
-from pallas_kernels.mlstm.mosaic_gpu_problem import Problem, multiprocessors_here
+from pallas_kernels.mlstm.mosaic_gpu_problem import Problem
 from pallas_kernels.mlstm.mosaic_gpu_states import walk
-from pallas_kernels.mlstm.tuning import (
-    LONGEST_CHUNK,
-    TILE,
-    TuningConfig,
-    suited_span,
-)
+from pallas_kernels.mlstm.tuning import LONGEST_CHUNK, TuningConfig, suited_span
 
 Array = jax.Array
 

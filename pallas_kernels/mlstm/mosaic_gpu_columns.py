@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mlstm import gates as rows_of
-from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
+from pallas_kernels.hopper.chip import TILE
+from pallas_kernels.hopper.pipeline import (
     Stream,
     free_barriers,
     full_barriers,
@@ -29,9 +29,7 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     vector_copies,
     warpgroups,
 )
-from pallas_kernels.mlstm.mosaic_gpu_problem import Place, Problem, rounds
-from pallas_kernels.mlstm.mosaic_gpu_rows import INVERSE, RATIO, TOLD
-from pallas_kernels.mlstm.mosaic_gpu_tiles import (
+from pallas_kernels.hopper.tiles import (
     afresh,
     load_columns,
     load_matrix,
@@ -51,8 +49,11 @@ from pallas_kernels.mlstm.mosaic_gpu_tiles import (
     vectors,
     where,
 )
+from pallas_kernels.mlstm import gates as rows_of
+from pallas_kernels.mlstm.mosaic_gpu_problem import Place, Problem, rounds
+from pallas_kernels.mlstm.mosaic_gpu_rows import INVERSE, RATIO, TOLD
 from pallas_kernels.mlstm.mosaic_gpu_weights import Weights
-from pallas_kernels.mlstm.tuning import TILE, fitting_slots
+from pallas_kernels.mlstm.tuning import fitting_slots
 
 Array = jax.Array
 Ref = jax.Ref

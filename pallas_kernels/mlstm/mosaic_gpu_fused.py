@@ -18,16 +18,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mlstm import gates as rows_of
-from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
+from pallas_kernels.hopper.chip import TILE
+from pallas_kernels.hopper.pipeline import (
     Stream,
     free_barriers,
     full_barriers,
     launch,
     warpgroups,
 )
-from pallas_kernels.mlstm.mosaic_gpu_problem import Problem, Walk
-from pallas_kernels.mlstm.mosaic_gpu_tiles import (
+from pallas_kernels.hopper.tiles import (
     MATRIX,
     accumulated,
     inner_with_columns,
@@ -47,8 +46,10 @@ from pallas_kernels.mlstm.mosaic_gpu_tiles import (
     vectors,
     weighted_sum,
 )
+from pallas_kernels.mlstm import gates as rows_of
+from pallas_kernels.mlstm.mosaic_gpu_problem import Problem, Walk
 from pallas_kernels.mlstm.mosaic_gpu_weights import Weights
-from pallas_kernels.mlstm.tuning import LONGEST_CHUNK, TILE, fitting_slots, suited_pieces
+from pallas_kernels.mlstm.tuning import LONGEST_CHUNK, fitting_slots, suited_pieces
 
 Array = jax.Array
 Ref = jax.Ref

@@ -10,14 +10,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.hopper.chip import TILE
+from pallas_kernels.hopper.tiles import WIDEST_PRODUCT
 from pallas_kernels.mlstm import gates as rows_of
 from pallas_kernels.mlstm import mosaic_gpu_fused_columns as columns
 from pallas_kernels.mlstm import mosaic_gpu_fused_rows as rows
 from pallas_kernels.mlstm import mosaic_gpu_pieces as pieces
 from pallas_kernels.mlstm.mosaic_gpu_flows import passed_by
 from pallas_kernels.mlstm.mosaic_gpu_problem import Problem
-from pallas_kernels.mlstm.mosaic_gpu_tiles import WIDEST_PRODUCT
-from pallas_kernels.mlstm.tuning import TILE, suited_pieces
+from pallas_kernels.mlstm.tuning import suited_pieces
 
 Array = jax.Array
 

@@ -24,8 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mlstm import gates as rows_of
-from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
+from pallas_kernels.hopper.chip import TILE
+from pallas_kernels.hopper.pipeline import (
     Stream,
     free_barriers,
     full_barriers,
@@ -33,9 +33,7 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     meet,
     warpgroups,
 )
-from pallas_kernels.mlstm.mosaic_gpu_problem import Problem, Walk
-from pallas_kernels.mlstm.mosaic_gpu_rows import INVERSE, RATIO, READ
-from pallas_kernels.mlstm.mosaic_gpu_tiles import (
+from pallas_kernels.hopper.tiles import (
     MATRIX,
     accumulated,
     load_columns,
@@ -56,8 +54,11 @@ from pallas_kernels.mlstm.mosaic_gpu_tiles import (
     weighted_sum,
     where,
 )
+from pallas_kernels.mlstm import gates as rows_of
+from pallas_kernels.mlstm.mosaic_gpu_problem import Problem, Walk
+from pallas_kernels.mlstm.mosaic_gpu_rows import INVERSE, RATIO, READ
 from pallas_kernels.mlstm.mosaic_gpu_weights import Weights
-from pallas_kernels.mlstm.tuning import TILE, fitting_slots
+from pallas_kernels.mlstm.tuning import fitting_slots
 
 Array = jax.Array
 Ref = jax.Ref

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.mlstm.mosaic_gpu_tiles import opaque
-from pallas_kernels.mlstm.tuning import MULTIPROCESSORS, TILE, TuningConfig
+from pallas_kernels.hopper.chip import TILE
+from pallas_kernels.hopper.tiles import opaque
+from pallas_kernels.mlstm.tuning import TuningConfig
 
 Array = jax.Array
 Ref = jax.Ref
@@ -148,12 +149,3 @@ def _columns(tile: Array | None, width: int = TILE) -> Any:
 def rounds(p: Problem, widest: int) -> list[slice]:
     """Dk cut into parts of at most so many."""
     return [slice(x, min(x + widest, p.q_dim)) for x in range(0, p.q_dim, widest)]
-
-
-def multiprocessors_here() -> int:
-    """Return how many the chip has that is traced for: of the mesh in context, or by default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.num_cores:
-        return device.num_cores
-    device = jax.config.jax_default_device or jax.devices()[0]
-    return getattr(device, "core_count", None) or MULTIPROCESSORS

@@ -21,7 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
+from pallas_kernels.hopper.chip import TILE
+from pallas_kernels.hopper.pipeline import (
     Stream,
     free_barriers,
     full_barriers,
@@ -29,8 +30,7 @@ from pallas_kernels.mlstm.mosaic_gpu_pipeline import (
     load_own,
     warpgroups,
 )
-from pallas_kernels.mlstm.mosaic_gpu_problem import Problem, Walk
-from pallas_kernels.mlstm.mosaic_gpu_tiles import (
+from pallas_kernels.hopper.tiles import (
     MATRIX,
     ROW,
     accumulated,
@@ -44,7 +44,8 @@ from pallas_kernels.mlstm.mosaic_gpu_tiles import (
     untyped,
     vectors,
 )
-from pallas_kernels.mlstm.tuning import TILE, fitting_slots, state_tiles
+from pallas_kernels.mlstm.mosaic_gpu_problem import Problem, Walk
+from pallas_kernels.mlstm.tuning import fitting_slots, state_tiles
 
 Array = jax.Array
 Ref = jax.Ref

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mlstm import gates as rows_of
-from pallas_kernels.mlstm.mosaic_gpu_tiles import (
+from pallas_kernels.hopper.chip import TILE
+from pallas_kernels.hopper.tiles import (
     COLUMN,
     ROW,
     load_columns,
@@ -17,7 +17,7 @@ from pallas_kernels.mlstm.mosaic_gpu_tiles import (
     over_columns,
     over_rows,
 )
-from pallas_kernels.mlstm.tuning import TILE
+from pallas_kernels.mlstm import gates as rows_of
 
 Array = jax.Array
 Ref = jax.Ref

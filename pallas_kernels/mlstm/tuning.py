@@ -2,12 +2,8 @@
 
 import dataclasses
 
-# Tokens, and columns of v, that a tile has; rows of one tensor core instruction.
-TILE = 64
-# Shared memory of one thread block on Hopper, less what barriers and alignment take, in bytes.
-SHARED_MEMORY = 232448 - 1792
-# Streaming multiprocessors of an H100 or H200 (SXM), where nothing says otherwise.
-MULTIPROCESSORS = 132
+from pallas_kernels.hopper.chip import SHARED_MEMORY, TILE, fills
+
 LONGEST_CHUNK = 256  # of the forward pass, where states go through memory
 _MOST_CHUNKS = 8  # that a thread block does one after the other
 _SHORTEST_PIECE = 1024  # tokens: states between pieces cost memory and time, too
@@ -60,11 +56,6 @@ class TuningConfig:
             raise ValueError(f"v_tile={self.v_tile}: must be 64, 128, 192, 256 or None")
         if self.slots < 1:
             raise ValueError(f"slots={self.slots}: must be at least 1")
-
-
-def fills(thread_blocks: int, multiprocessors: int) -> bool:
-    """Return whether they leave no more than an eighth of the chip without a thread block."""
-    return thread_blocks >= multiprocessors * 7 // 8
 
 
 def suited_pieces(

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.hopper.chip import multiprocessors_here
 from pallas_kernels.interpreter import simulated_platform
 from pallas_kernels.swr import mosaic_gpu_kernels as kernels
 from pallas_kernels.swr.gradient import differentiable, repeat_heads
 from pallas_kernels.swr.mosaic_gpu_pipeline import Problem
 from pallas_kernels.swr.tuning import (
     LONGEST_BLOCK,
-    MULTIPROCESSORS,
     SUBBLOCK,
     TuningConfig,
     default_config,
@@ -116,15 +116,6 @@ def _check_support(
         )
 
 
-def _multiprocessors() -> int:
-    """Return how many the chip has that is traced for: of the mesh in context, or by default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.num_cores:
-        return device.num_cores
-    device = jax.config.jax_default_device or jax.devices()[0]
-    return getattr(device, "core_count", None) or MULTIPROCESSORS
-
-
 def _pad_end(x: Array, shape: tuple[int, ...], value: float) -> Array:
     if x.shape == shape:
         return x
@@ -173,7 +164,7 @@ class _Folding:
             batch=p.batch,
             time=p.time,
             heads=p.heads,
-            multiprocessors=_multiprocessors(),
+            multiprocessors=multiprocessors_here(),
             narrowest=narrowest,
             **self.stage(a, v, gates),
         )

@@ -8,8 +8,6 @@ SUBBLOCK = 16
 LONGEST_BLOCK = 128
 # Shared memory of one thread block on Hopper, less what barriers and alignment take, in bytes.
 SHARED_MEMORY = 232448 - 4096
-# Streaming multiprocessors of an H100 or H200 (SXM), where nothing says otherwise.
-MULTIPROCESSORS = 132
 
 
 @dataclasses.dataclass(frozen=True)

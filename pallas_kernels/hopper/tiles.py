@@ -1,4 +1,4 @@
-"""Tiles in shared memory and in registers, as the Hopper kernels of the mLSTM compute with them.
+"""Tiles in shared memory and in registers, as kernels with tensor cores compute with them.
 
 Matrices lie in shared memory as tiles that the tensor cores read in place; the rows that a
 warpgroup owns are its first operand, [64, K], and accumulators are [64, N] in registers.
@@ -15,8 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.chip import TILE
 from pallas_kernels.interpreter import simulated_platform
-from pallas_kernels.mlstm.tuning import TILE
 
 Array = jax.Array
 Ref = jax.Ref

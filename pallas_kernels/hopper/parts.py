@@ -7,7 +7,7 @@ out, 2^-16 of the whole.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mlstm.mosaic_gpu_tiles import products, store_in_two, transposed
+from pallas_kernels.hopper.tiles import products, store_in_two, transposed
 
 Array = jax.Array
 Ref = jax.Ref

@@ -1,4 +1,4 @@
-"""How the Hopper kernels of the mLSTM load what they compute with: warpgroups, rings of slots.
+"""How kernels load what their tensor cores compute with: warpgroups, rings of slots.
 
 A thread block has one warpgroup for each 64 rows that it owns, and a last one that starts the
 loads.

@@ -1,0 +1,1 @@
+"""What kernels on the tensor cores of Hopper GPUs share: tiles, loads, the chip's numbers."""
