@@ -41,7 +41,7 @@ def test_within_budget_at_the_published_shapes():
 @pytest.mark.parametrize(
     "sizes",
     [
-        (2, 100, 3, 40, 72),
+        pytest.param((2, 100, 3, 40, 72), marks=pytest.mark.slow),
         (1, 128, 2, 192, 64),
         pytest.param((1, 64, 1, 256, 128), marks=pytest.mark.slow),
     ],
