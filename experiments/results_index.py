@@ -200,7 +200,7 @@ def h100() -> dict:
     predicted = device_report.predictions("h100", source)
     timed = [
         m
-        for section in ("recurrence", "mlstm")
+        for section in ("recurrence", "mlstm", "gated_delta")
         for m in measured.get(section, {"measurements": []})["measurements"]
     ]
     found = {t["what"]: t for record in measured.values() for t in record["targets"]}

@@ -8,7 +8,7 @@ from swr_jax.benchmark import report
 from swr_jax.benchmark.device import report as device_report
 from swr_jax.benchmark.device import tuning
 
-PREDICTED = ("recurrence", "mlstm")  # sections
+PREDICTED = ("recurrence", "mlstm", "gated_delta")  # sections
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 
 

@@ -140,8 +140,8 @@ def test_predictions_stand_beside_measurements():
         for name in ("kernels_gpu", "tpu_baselines")
     )
     predicted = report.predictions("h100", kernels, baselines)
-    assert {row["group"] for row in predicted} == {"plain", "gated", "mlstm"}
-    assert len(predicted) == 10
+    assert {row["group"] for row in predicted} == {"plain", "gated", "mlstm", "gated_delta"}
+    assert len(predicted) == 12
     for row in predicted:
         assert 0 < row["floor_seconds"] <= row["predicted_seconds"]
     record = recurrences({"forward": {"sliding_window_recurrence": timed(0.25, 1)}})

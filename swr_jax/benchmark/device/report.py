@@ -117,13 +117,14 @@ PREDICTED_GPU = {
     ("gated", "gated_sliding_window_recurrence"): "swr/gated/window16",
     ("gated", "gated linear_recurrence"): "swr/gated/exact",
     ("mlstm", "mlstm"): "mlstm/published",
+    ("gated_delta", "gated_delta_rule"): "gated_delta/published",
 }
 
 
 def predictions(
     chip: str, kernels: Mapping, baselines: Mapping | None = None
 ) -> list[dict[str, Any]]:
-    """Return what is predicted of contestants of the sections `recurrence` and `mlstm` on a chip.
+    """Return what is predicted of contestants of recurrences and matrix memories on a chip.
 
     Args:
         chip: a name in `pallas_kernels.targets.CHIPS`.

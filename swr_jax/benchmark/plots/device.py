@@ -80,17 +80,32 @@ def training(record: dict, path: Path) -> None:
 
 def mlstm(record: dict, path: Path) -> None:
     """Draw speed-up over full attention by length."""
+    _speed_up(record, "full_attention", "full attention", "mLSTM against attention", path)
+
+
+def gated_delta(record: dict, path: Path) -> None:
+    """Draw speed-up over XLA's form by length."""
+    _speed_up(record, "gated_delta_rule by XLA", "XLA's form", "Gated delta rule", path)
+
+
+PICTURES = {
+    "recurrence": recurrence,
+    "mlstm": mlstm,
+    "gated_delta": gated_delta,
+    "layers": layers,
+    "training": training,
+}
+
+
+def _speed_up(record: dict, reference: str, called: str, title: str, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(12, 5.1), squeeze=False)
     for axis, mode in zip(axes[0], MODES, strict=True):
         rows = _like(record, mode=mode)
-        _lines(axis, rows, lambda c: c["speedup"].get("full_attention"))
-        log_axes(axis, [m["tokens"] for m in rows], "speed-up over full attention")
+        _lines(axis, rows, lambda c: c["speedup"].get(reference))
+        log_axes(axis, [m["tokens"] for m in rows], f"speed-up over {called}")
         axis.set_title(mode)
     legend(figure, axes.ravel())
-    _finish(figure, record, "mLSTM against attention of equal width", path)
-
-
-PICTURES = {"recurrence": recurrence, "mlstm": mlstm, "layers": layers, "training": training}
+    _finish(figure, record, title, path)
 
 
 def _like(record: dict, **same: object) -> list[dict]:

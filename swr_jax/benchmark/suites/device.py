@@ -7,6 +7,7 @@ from swr_jax.benchmark.device import (
     layers,
     recurrence,
     report,
+    rules,
     speed,
     training,
     tuning,
@@ -53,6 +54,15 @@ SECTIONS = {
         description=cells.__doc__,
         targets=report.mlstm_targets,
         seconds=45,
+    ),
+    "gated_delta": Section(
+        run=rules.run,
+        full=rules.FULL,
+        tiny=rules.TINY,
+        references=rules.REFERENCES,
+        shapes="65536 tokens in rows of T, H 16, Dk 128, Dv 256, bfloat16",
+        description=rules.__doc__,
+        seconds=14,
     ),
     "layers": Section(
         run=layers.run,
