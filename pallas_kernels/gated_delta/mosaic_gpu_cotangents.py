@@ -1,14 +1,13 @@
 """Cotangents of the gated delta rule that sum over features of V, on Hopper GPUs.
 
-With the notation of `mosaic_gpu_walk` and `mosaic_gpu_triangles`, dE' = X^T dU, and T_ij = 1 where
-i > j:
+With the notation of `mosaic_gpu_walk` and `mosaic_gpu_triangles`, and T_ij = 1 where i > j:
 
-    R = dE' H^T,   S = U dH'^T,   A = dO H^T,   dM = -(dE' U^T) * T,   dP = lower part of dO U^T
+    R = dE H^T,   S = U dH'^T,   A = dO H^T,   dM = -(dE U^T) * T,   dP = lower part of dO U^T
 
     dQ = g A + (dP * L) K
     dK = r S - beta g R + (dP * L)^T Q + (G + G^T) K,   G = beta dM * L
     dL = beta dM * K K^T + dP * Q K^T
-    dg = A . Q - beta R . K,   dr = S . K,   dbeta = dE' . V - g R . K + sums of dM * K K^T * L
+    dg = A . Q - beta R . K,   dr = S . K,   dbeta = dE . V - g R . K + sums of dM * K K^T * L
     dg_C = <H, dH'>
 
 A . Q is the inner product of rows. Every chunk is on its own. A thread block has one, and up to 128
@@ -87,7 +86,7 @@ def cotangents(
         gates: of the chunks.
         states, dstates: H^T before every chunk, and its cotangent after, [B H N, 2, Dv, Dk], in two
             parts, bfloat16.
-        written, derrors: U^T and dE'^T, [B H N, 2, Dv, 64], likewise.
+        written, derrors: U^T and dE^T, [B H N, 2, Dv, 64], likewise.
     """
     batch, time, heads, q_dim = q.shape
     chunks, steps = time // TILE, v.shape[-1] // TILE

@@ -6,9 +6,9 @@ left of it after the chunk (r); g_C is the last g.
 
     E = beta (V - g K H),   U = X E,   O = g Q H + P U,   H' = g_C H + K^T (r U)
 
-And back, dX the cotangent of X:
+And back, d before what a cotangent is of:
 
-    dU = P^T dO + r K dH',  dE = X^T dU,  dV = beta dE,
+    dU = P^T dO + r K dH',   dE = X^T dU,   dV = beta dE
     dH = g_C dH' + Q^T (g dO) - K^T (g beta dE)
 
 A warpgroup owns 64 features of V: the columns of H, which do not depend on each other, are rows of
