@@ -7,8 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.catalogue import Budget, Entry, default_budget
-from pallas_kernels.gated_delta.mosaic_gpu import TuningConfig, backward, forward
-from pallas_kernels.hopper.chip import TILE
+from pallas_kernels.gated_delta.mosaic_gpu import (
+    TuningConfig,
+    backward,
+    forward,
+    suited_groups,
+)
+from pallas_kernels.gated_delta.mosaic_gpu_walk import Walk
+from pallas_kernels.hopper.chip import MULTIPROCESSORS, TILE
 from pallas_kernels.hopper.parts import PARTS
 from pallas_kernels.mlstm.entries_gpu import (
     BATCH,
@@ -49,8 +55,8 @@ def entries() -> tuple[Entry, ...]:
     return tuple(
         make(with_backward=with_backward)
         for make in (
-            functools.partial(_entry, "published", BATCH, groups=2, ratios=(3.0, 7.0), issue=0.8),
-            functools.partial(_entry, "long", 1, groups=1, ratios=(5.0, 9.0), issue=1.1),
+            functools.partial(_entry, "published", BATCH, ratios=(3.0, 7.0), issue=0.8),
+            functools.partial(_entry, "long", 1, ratios=(5.0, 9.0), issue=1.1),
         )
         for with_backward in (False, True)
     )
@@ -60,7 +66,6 @@ def _entry(
     name: str,
     batch: int,
     *,
-    groups: int,
     ratios: tuple[float, float],
     issue: float,
     with_backward: bool,
@@ -70,13 +75,14 @@ def _entry(
     Args:
         name: of the shape.
         batch: sequences.
-        groups: warpgroups that are chosen for them.
         ratios: times over the floor, at most, forward and with the backward.
         issue: issue time over memory time, at most.
         with_backward: whether with the gradient.
     """
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     time = BATCH * TIME // batch
+    walk = Walk(batch, time // TILE, HEADS, Q_DIM, V_DIM, groups=1)
+    groups = suited_groups(walk, MULTIPROCESSORS)
     q = jax.ShapeDtypeStruct((batch, time, HEADS, Q_DIM), DTYPE)
     v = jax.ShapeDtypeStruct((batch, time, HEADS, V_DIM), DTYPE)
     gate, memory = shape((batch, time, HEADS)), shape((batch, HEADS, Q_DIM, V_DIM))
@@ -88,19 +94,19 @@ def _entry(
     # The first and the last state; what chunks have in common, for each block of features of V.
     ends = 2 * batch * HEADS * Q_DIM * V_DIM * 4
     in_common = 2 * Q_BYTES + 2 * _TRIANGLE_BYTES + 3 * GATE_BYTES
-    walk = V_DIM // TILE // groups * in_common + 2 * V_BYTES + ends
+    walk_moves = V_DIM // TILE // groups * in_common + 2 * V_BYTES + ends
     # Two chunks at a time.
     in_flight = 2 * (2 * Q_DIM + 2 * PARTS * TILE + groups * TILE) * TILE * 2
     walked = functools.partial(
         walk_launch, time=time, chunk=TILE, in_flight=in_flight, alone=groups == 1
     )
-    moved, launches = _TRIANGLES_MOVE + walk, [walked("gated_delta_walk_forward")]
+    moved, launches = _TRIANGLES_MOVE + walk_moves, [walked("gated_delta_walk_forward")]
     # Of whole matrices; the inverse not counted.
     reads, state = TILE * (Q_DIM + V_DIM), Q_DIM * V_DIM
     products = 2 * reads + 3 * state
     if with_backward:
         moved += _TRIANGLES_MOVE + _TRIANGLE_BYTES + _COTANGENTS_MOVE
-        moved += 2 * (walk + _STATE_BYTES + _WRITTEN_BYTES)
+        moved += 2 * (walk_moves + _STATE_BYTES + _WRITTEN_BYTES)
         launches += [walked("gated_delta_walk_backward"), _cotangents()]
         products += 5 * reads + 8 * state
     triangles = Launch("gated_delta_triangles", bytes_in_flight=2 * 2 * Q_DIM * TILE * 2)

@@ -27,7 +27,7 @@ from pallas_kernels.gated_delta import mosaic_gpu_walk as walk
 from pallas_kernels.gated_delta.mosaic_gpu_cotangents import cotangents
 from pallas_kernels.gated_delta.mosaic_gpu_triangles import triangles
 from pallas_kernels.gated_delta.mosaic_gpu_walk import CHUNK, Walk
-from pallas_kernels.hopper.chip import TILE, fills, multiprocessors_here
+from pallas_kernels.hopper.chip import TILE, check_dtype, fills, multiprocessors_here
 
 Array = jax.Array
 
@@ -82,11 +82,7 @@ def gated_delta_rule(
         NotImplementedError: a dtype or size that the kernels do not have.
     """
     for name, x in {"q": q, "k": k, "v": v}.items():
-        if x.dtype != jnp.bfloat16:
-            raise NotImplementedError(
-                f"{name}.dtype={x.dtype}: the tensor cores would round it; the kernels take "
-                "bfloat16"
-            )
+        check_dtype(name, x)
         if not x.size:
             raise NotImplementedError(f"{name} has shape {x.shape}: the kernels need 1 or more")
     if q.shape[-1] > WIDEST_Q:

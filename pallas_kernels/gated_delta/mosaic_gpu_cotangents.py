@@ -17,7 +17,7 @@ and dg_C, one A and dP.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +125,6 @@ def cotangents(
         index = (row * heads + head) * chunks + chunk
         tokens, columns = pl.ds(chunk * TILE, TILE), pl.ds(block * width, width)
         stream, full = Stream(_SLOTS, smem["free"]), smem["full"]
-        ours = _Chunk(source["decay"].at[index], source["numbers"].at[index])
         sums = target["sums"].at[index, block]
 
         # The last slot is for what has to be shared: keys and queries, and then in parts.
@@ -160,6 +159,12 @@ def cotangents(
         tiles = [tile_of(tile) for tile in range(width // TILE)]
         nothing = plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.float32), MATRIX)
 
+        def decay_here() -> Array:
+            return load_matrix(source["decay"].at[index])
+
+        def number(name: int) -> Array:
+            return load_rows(source["numbers"].at[index, name])
+
         def over_values(step: Callable, *totals: Array) -> tuple[Array, ...]:
             """Add to tiles [64, 64] of the keys' or queries' cotangent, and to other totals.
 
@@ -181,7 +186,7 @@ def cotangents(
         def keys() -> None:
             """R and dM."""
             *recalled, lower = over_values(_recall, nothing)
-            read, write, decay = ours.number(READ), ours.number(WRITE), ours.decay()
+            read, write, shares = number(READ), number(WRITE), decay_here()
             under = _inner(own_k, recalled)
             store_directly(sums.at[_READ_BY_KEYS], -write * under)
             for tile, x in zip(tiles, recalled, strict=True):
@@ -191,8 +196,8 @@ def cotangents(
             lower = where(row_of > column, -lower)
             alike = lower * product(own_k, transposed(own_k))
             store_directly(target["decays"].at[index, block, 0], over_rows(write, alike) * alike)
-            store_directly(sums.at[_WRITE_BY_KEYS], row_sums([alike * decay]) - read * under)
-            store_parts(over_rows(write, lower) * lower * decay, between)
+            store_directly(sums.at[_WRITE_BY_KEYS], row_sums([alike * shares]) - read * under)
+            store_parts(over_rows(write, lower) * lower * shares, between)
             plgpu.commit_smem()
             meet(smem["shared"].at[0])
 
@@ -205,7 +210,7 @@ def cotangents(
             for tile, x in zip(tiles, passed, strict=True):
                 store_directly(target["carries"].at[index, block, tile], x)
             store_directly(sums.at[_LEFT_BY_KEYS], _inner(own_k, dk))
-            left = ours.number(LEFT)
+            left = number(LEFT)
             dk = [over_rows(left, x) * x for x in dk]
 
             meet(smem["shared"].at[0])
@@ -222,13 +227,13 @@ def cotangents(
             """A and the rest of dQ, dP."""
             *dq, scores = over_values(_ask, nothing)
             store_directly(sums.at[_READ_BY_QUERIES], _inner(own_q, dq))
-            read = ours.number(READ)
+            read = number(READ)
             dq = [over_rows(read, x) * x for x in dq]
             row_of, column = _places()
             scores = where(row_of >= column, scores)
             by_keys = product(own_q, transposed(own_k))
             store_directly(target["decays"].at[index, block, 1], scores * by_keys)
-            store_parts(scores * ours.decay(), asking)
+            store_parts(scores * decay_here(), asking)
             plgpu.commit_smem()
             meet(smem["shared"].at[0])
             factors = [(asking.at[part], own_k) for part in range(PARTS)]
@@ -242,8 +247,8 @@ def cotangents(
                 store_directly(ref, x.astype(q.dtype))
 
         def compute(group: Array) -> None:
-            for number, role in enumerate((keys, remembered, asked)):
-                pl.when(group == number)(role)
+            for own, role in enumerate((keys, remembered, asked)):
+                pl.when(group == own)(role)
             stream.release(jnp.int32(steps))
 
         warpgroups(_GROUPS, compute, load)
@@ -253,29 +258,11 @@ def cotangents(
     run = launch(body, "gated_delta_cotangents", _GROUPS, out_types, scratch_types, **grid)
     dq, dk, decays, sums, carries = run(*given.values())
     sums = jnp.sum(sums, axis=1)
-    dnumbers = {
-        READ: sums[:, _READ_BY_QUERIES] + sums[:, _READ_BY_KEYS],
-        WRITE: sums[:, _WRITE_BY_VALUES] + sums[:, _WRITE_BY_KEYS],
-        LEFT: sums[:, _LEFT_BY_KEYS],
-    }
-    dnumbers = jnp.stack([dnumbers[name] for name in sorted(dnumbers)], axis=1)
+    dread = sums[:, _READ_BY_QUERIES] + sums[:, _READ_BY_KEYS]
+    dwrite = sums[:, _WRITE_BY_VALUES] + sums[:, _WRITE_BY_KEYS]
+    dnumbers = jnp.stack([dread, dwrite, sums[:, _LEFT_BY_KEYS]], axis=1)
     ddecay, dcarry = jnp.sum(decays, axis=(1, 2)), jnp.sum(carries, axis=(1, 2))
     return dq, dk, ddecay, dnumbers, dcarry
-
-
-class _Chunk(NamedTuple):
-    """What is known of a chunk without V, in global memory."""
-
-    decays: Ref
-    numbers: Ref
-
-    def decay(self) -> Array:
-        """L."""
-        return load_matrix(self.decays)
-
-    def number(self, name: int) -> Array:
-        """A number for each token."""
-        return load_rows(self.numbers.at[name])
 
 
 def _recall(tiles: list[Any], parts: dict[str, Ref], totals: list[Array]) -> tuple[Array, ...]:

@@ -1,6 +1,7 @@
 """Numbers of the chip that kernels with tensor cores are tiled by."""
 
 import jax
+import jax.numpy as jnp
 
 # Tokens, and columns of v, that a tile has; rows of one tensor core instruction.
 TILE = 64
@@ -22,3 +23,11 @@ def multiprocessors_here() -> int:
 def fills(thread_blocks: int, multiprocessors: int) -> bool:
     """Return whether they leave no more than an eighth of the chip without a thread block."""
     return thread_blocks >= multiprocessors * 7 // 8
+
+
+def check_dtype(name: str, x: jax.Array) -> None:
+    """Raise NotImplementedError for an array in another dtype than the kernels multiply in."""
+    if x.dtype != jnp.bfloat16:
+        raise NotImplementedError(
+            f"{name}.dtype={x.dtype}: the tensor cores would round it; the kernels take bfloat16"
+        )

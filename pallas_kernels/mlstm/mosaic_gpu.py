@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.hopper.chip import TILE, multiprocessors_here
+from pallas_kernels.hopper.chip import TILE, check_dtype, multiprocessors_here
 from pallas_kernels.mlstm import gates as rows_of
 from pallas_kernels.mlstm import mosaic_gpu_columns as columns
 from pallas_kernels.mlstm import mosaic_gpu_fused as fused
@@ -118,11 +118,7 @@ def _check(kernels: _Pass, options, q: Array, k: Array, v: Array) -> None:
             raise NotImplementedError(
                 f"{name}.dtype={x.dtype}: the weights 1 / divisor leave its range; use bfloat16"
             )
-        if x.dtype != jnp.bfloat16:
-            raise NotImplementedError(
-                f"{name}.dtype={x.dtype}: the tensor cores would round it; the kernels take "
-                "bfloat16"
-            )
+        check_dtype(name, x)
     q_dim, v_dim = q.shape[-1], v.shape[-1]
     if q_dim > WIDEST_Q or v_dim > WIDEST_V:
         raise NotImplementedError(

@@ -1,10 +1,13 @@
 """Which implementations the device at hand has, and which of them a call may use."""
 
+import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.interpreter import simulated_platform
 
@@ -38,9 +41,25 @@ def target() -> Target:
     return Target(device.platform, device.device_kind)
 
 
-def has_wgmma() -> bool:
-    """Whether the present trace is for a GPU with Hopper's products of matrices."""
-    return _WITH_WGMMA.search(target().kind) is not None
+def matrix_memory_kernel(
+    implementation: str, modules: Mapping[str, str], dtype: jnp.dtype
+) -> ModuleType:
+    """Return the module of an operator with a matrix memory, imported when it is first used.
+
+    Args:
+        implementation: a key of `modules`.
+        modules: their names.
+        dtype: of the maths.
+
+    Raises:
+        NotImplementedError: kernels do not have this dtype, or the GPU lacks Hopper's products.
+    """
+    if dtype != jnp.float32:
+        raise NotImplementedError(f"the maths is in {dtype}: kernels have float32")
+    kind = target().kind
+    if implementation == "mosaic_gpu" and not _WITH_WGMMA.search(kind):
+        raise NotImplementedError(f"{kind}: the kernels use Hopper's products of matrices")
+    return importlib.import_module(modules[implementation])
 
 
 def _has_tma(target: Target) -> bool:

@@ -1,12 +1,9 @@
 """A validated gated delta rule by each of the implementations: XLA's chunks, or a kernel."""
 
-import importlib
-
 import jax
-import jax.numpy as jnp
 
 from swr_jax.ops import gated_delta_chunk as xla
-from swr_jax.ops.dispatch import has_wgmma, target
+from swr_jax.ops.dispatch import matrix_memory_kernel, target
 
 Array = jax.Array
 
@@ -47,11 +44,7 @@ def evaluate(
         chunk = min(chunk_size, 1 << (k.shape[1] - 1).bit_length())
         group = 1 if target().platform == "cpu" else GROUP
         return xla.gated_delta_rule(q, k, v, alpha, beta, memory, chunk=chunk, group=group)
-    if memory.dtype != jnp.float32:
-        raise NotImplementedError(f"the maths is in {memory.dtype}: kernels have float32")
-    if implementation == "mosaic_gpu" and not has_wgmma():
-        raise NotImplementedError(f"{target().kind}: the kernels use Hopper's products of matrices")
-    kernel = importlib.import_module(KERNELS[implementation])
+    kernel = matrix_memory_kernel(implementation, KERNELS, memory.dtype)
     read = k if q is None else q
     o, memory = kernel.gated_delta_rule(read, k, v, alpha, beta, memory)
     return None if q is None else o, memory

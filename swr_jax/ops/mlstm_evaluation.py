@@ -1,12 +1,10 @@
 """A validated mLSTM by each of the implementations: XLA's chunkwise form, or a kernel."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 
 from swr_jax.ops import mlstm_chunkwise as xla
-from swr_jax.ops.dispatch import has_wgmma, target
+from swr_jax.ops.dispatch import matrix_memory_kernel
 from swr_jax.ops.mlstm_chunkwise import Options, State
 
 Array = jax.Array
@@ -35,11 +33,7 @@ def evaluate(
     """
     if implementation == "xla":
         return xla.chunkwise(options, q, k, v, log_i, log_f, state)
-    if options.dtype != jnp.float32:
-        raise NotImplementedError(f"the maths is in {options.dtype}: kernels have float32")
-    if implementation == "mosaic_gpu" and not has_wgmma():
-        raise NotImplementedError(f"{target().kind}: the kernels use Hopper's products of matrices")
-    kernel = importlib.import_module(KERNELS[implementation])
+    kernel = matrix_memory_kernel(implementation, KERNELS, options.dtype)
     dtype = jnp.result_type(q, k, v)
     h, state = kernel.chunkwise(
         *(x.astype(dtype) for x in (q, k, v)),
