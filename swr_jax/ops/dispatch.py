@@ -41,6 +41,11 @@ def target() -> Target:
     return Target(device.platform, device.device_kind)
 
 
+def has_wgmma() -> bool:
+    """Whether the present trace is for a GPU with Hopper's products of matrices."""
+    return _WITH_WGMMA.search(target().kind) is not None
+
+
 def matrix_memory_kernel(
     implementation: str, modules: Mapping[str, str], dtype: jnp.dtype
 ) -> ModuleType:
@@ -56,9 +61,8 @@ def matrix_memory_kernel(
     """
     if dtype != jnp.float32:
         raise NotImplementedError(f"the maths is in {dtype}: kernels have float32")
-    kind = target().kind
-    if implementation == "mosaic_gpu" and not _WITH_WGMMA.search(kind):
-        raise NotImplementedError(f"{kind}: the kernels use Hopper's products of matrices")
+    if implementation == "mosaic_gpu" and not has_wgmma():
+        raise NotImplementedError(f"{target().kind}: the kernels use Hopper's products of matrices")
     return importlib.import_module(modules[implementation])
 
 
