@@ -64,7 +64,7 @@ def _entries(chips: tuple[str, ...]) -> tuple[Entry, ...]:
             arguments,
             results,
             per_token=per_token,
-            tiling=tiling,
+            tilings={"gated_delta": tiling},
             chips=chips,
             budget=functools.partial(_budget, floor_ratio=floor_ratio),
         )

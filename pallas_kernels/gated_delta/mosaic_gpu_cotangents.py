@@ -186,13 +186,14 @@ def cotangents(
         def keys() -> None:
             """R and dM."""
             *recalled, lower = over_values(_recall, nothing)
-            read, write, shares = number(READ), number(WRITE), decay_here()
+            read, write = number(READ), number(WRITE)
             under = _inner(own_k, recalled)
             store_directly(sums.at[_READ_BY_KEYS], -write * under)
             for tile, x in zip(tiles, recalled, strict=True):
                 store_parts(over_rows(-read * write, x) * x, of_keys.at[:, :, tile])
 
             row_of, column = _places()
+            shares = decay_here()
             lower = where(row_of > column, -lower)
             alike = lower * product(own_k, transposed(own_k))
             store_directly(target["decays"].at[index, block, 0], over_rows(write, alike) * alike)

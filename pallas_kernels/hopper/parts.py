@@ -6,24 +6,33 @@ out, 2^-16 of the whole.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from pallas_kernels.hopper.tiles import products, store_in_two, transposed
+from pallas_kernels.hopper.tiles import products, transposed
 
 Array = jax.Array
 Ref = jax.Ref
 
 PARTS = 2
 
+_HALF, _HIGH = 0x8000, 0xFFFF0000  # of the last place of bfloat16, and its bits
+
 
 def split(x: Array) -> tuple[Array, Array]:
-    """Return x rounded to bfloat16, and the rest of it, rounded likewise."""
-    rounded = x.astype(jnp.bfloat16)
-    return rounded, (x - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
+    """Return x rounded to bfloat16, and the rest of it, rounded likewise.
+
+    Rounded by its bits: a conversion whose result is converted back takes the compiler to a unit
+    that does one number at a time.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(_HALF)
+    rounded = lax.bitcast_convert_type(bits & jnp.uint32(_HIGH), jnp.float32)
+    return rounded.astype(jnp.bfloat16), (x - rounded).astype(jnp.bfloat16)
 
 
 def store_parts(x: Array, ref: Ref) -> None:
     """Store x in a matrix [2, 64, N] in parts."""
-    store_in_two(x, ref.at[0], ref.at[1])
+    for part, y in enumerate(split(x)):
+        ref[part] = y
 
 
 def product_of_parts(x: Array, matrix: Ref, *, transpose: bool = False) -> Array:

@@ -119,9 +119,11 @@ def weighted_sum(tokens: Ref, weights: Ref) -> Array:
 
 def store_in_two(x: Array, rounded: Ref, rest: Ref) -> None:
     """Store float32 numbers as two of 16 bits: what they are rounded to, and the rest of them."""
-    y = x.astype(rounded.dtype)
-    rounded[...] = y
+    # Opaque, or the compiler rounds number by number, in the slow unit for conversions; and in this
+    # order it needs the fewest registers.
+    y = opaque(x.astype(rounded.dtype))
     rest[...] = (x - y.astype(jnp.float32)).astype(rest.dtype)
+    rounded[...] = y
 
 
 def transposed(ref: Ref) -> Ref:

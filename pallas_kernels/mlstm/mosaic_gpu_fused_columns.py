@@ -164,14 +164,19 @@ def gradient(
             plgpu.barrier_arrive(has_seen)  # There is nothing to see yet.
 
             def of_chunk(turn: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
-                step, own = opaque(turn), opaque(group)
-                slot, odd = opaque(stream.slot(step)), lax.rem(step, jnp.int32(2))
+                step = opaque(turn)
+                odd = lax.rem(step, jnp.int32(2))
                 chunk = p.chunks - 1 - step
                 index = walked.index(chunk)
                 decay = carry_gmem[index]
-                own_n, next_n = n_smem.at[odd, own], n_smem.at[1 - odd, own]
-                staging = staged.at[own]
-                own_k, own_v, own_dh = (x.at[slot, own] for x in (k_smem, v_smem, dh_smem))
+
+                def here() -> tuple[Array, Array, list[Ref]]:
+                    """The slot, the warpgroup and what is its own: anew, to free registers."""
+                    slot, own = opaque(stream.slot(step)), opaque(group)
+                    refs = [x.at[slot, own] for x in (k_smem, v_smem, dh_smem)]
+                    return slot, own, [*refs, n_smem.at[odd, own], staged.at[own]]
+
+                slot, own, (*_, own_n, _) = here()
                 weights = Weights(gates_smem.at[slot], jnp.int32(0), own_columns=True, width=half)
 
                 def tile_of_state(part: int, i: int) -> Array:
@@ -201,7 +206,8 @@ def gradient(
                     return over_columns(numbers, jnp.zeros((TILE, width), jnp.float32))
 
                 def tell(name: int, x: Array) -> None:
-                    store_directly(d_gates_gmem.at[index, name, own], x)
+                    place = opaque(index), opaque(jnp.int32(name)), own
+                    store_directly(d_gates_gmem.at[place], x)
 
                 own_half = pl.ds(own * half, half)
                 (s,) = products(
@@ -232,6 +238,8 @@ def gradient(
                 meet(has_read)
                 halves[own] = seen
                 kept = weights.own_row(rows_of.KEPT)
+                slot, own, (_, own_v, own_dh, own_n, staging) = here()
+                next_n = n_smem.at[1 - odd, own]
                 tokens = pl.ds(chunk * TILE, TILE)
 
                 def lay_down(x: Array) -> Ref:
@@ -249,6 +257,11 @@ def gradient(
                     target = dv_gmem.at[batch, tokens, head, columns(own, i, TILE)]
                     plgpu.copy_smem_to_gmem(lay_down(dv), target)
 
+                weights_of_n = lay_down(row(READ, 0, TILE) * row(RATIO, 0, TILE))
+                for part in parts:
+                    added = weighted_sum(q_smem.at[slot, part], weights_of_n)
+                    store_directly(next_n.at[part], decay * load_rows(own_n.at[part]) + added)
+
                 # The compiler, which does not know the factor, rounds anew what it would else keep.
                 one = one_smem[own]
                 written = []
@@ -259,11 +272,6 @@ def gradient(
                         w = accumulated(w, own_v.at[:, tile_of(i)], transposed(dc))
                     written.append(w)
 
-                weights_of_n = lay_down(row(READ, 0, TILE) * row(RATIO, 0, TILE))
-                for part in parts:
-                    added = weighted_sum(q_smem.at[slot, part], weights_of_n)
-                    store_directly(next_n.at[part], decay * load_rows(own_n.at[part]) + added)
-
                 w = written[0]
                 if groups == 2:
                     theirs = jnp.where(own == 0, written[1], written[0])
@@ -271,6 +279,7 @@ def gradient(
                     store_in_two(theirs, own_v.at[:, tile_of(0)], staging)
                 plgpu.commit_smem()
                 meet(handed_over)
+                slot, own, (own_k, _, own_dh, own_n, _) = here()
                 seen = both_halves()
                 plgpu.barrier_arrive(has_seen)
                 if groups == 2:

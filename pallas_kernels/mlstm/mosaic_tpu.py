@@ -13,7 +13,6 @@ What costs extra, all of it outside the kernels, in XLA:
     q, k, v of different dtypes       are converted to float32 and back
 """
 
-import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -28,16 +27,18 @@ from pallas_kernels.mlstm.gradient import entry_point
 from pallas_kernels.mlstm.mosaic_tpu_backward import Scratch, backward_kernel
 from pallas_kernels.mlstm.mosaic_tpu_calls import (
     Call,
+    backward_bytes,
     check_arrays,
     cut_state,
     flatten,
+    forward_bytes,
     heads_of,
     pad,
     padded,
-    plan_bytes,
     plan_for,
-    vmem_bytes,
+    states_bytes,
 )
+from pallas_kernels.mlstm.mosaic_tpu_chunk import Tiling
 from pallas_kernels.mlstm.mosaic_tpu_kernels import forward_kernel, states_kernel
 from pallas_kernels.mlstm.tuning_tpu import LANES, VMEM_BUDGET, TuningConfig
 
@@ -60,9 +61,13 @@ def chunk_lengths(
     """
     length = LANES
     longest = min(config.longest_chunk, chunk_size, pl.cdiv(time, LANES) * LANES)
-    itemsize = 2 if dtype == jnp.bfloat16 else 4
-    sizes = padded(q_dim), padded(v_dim)
-    while 2 * length <= longest and vmem_bytes(2 * length, *sizes, itemsize) <= VMEM_BUDGET:
+    dtype = jnp.dtype(jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32)
+
+    def taken(length: int) -> int:
+        sizes = {"chunk": length, "q_dim": padded(q_dim), "v_dim": padded(v_dim)}
+        return backward_bytes(Tiling(heads=1, chunks=1, together=1, dtype=dtype, **sizes))
+
+    while 2 * length <= longest and taken(2 * length) <= VMEM_BUDGET:
         length *= 2
     return length, length
 
@@ -72,9 +77,8 @@ def check(options: Any, q: Array, k: Array, v: Array) -> None:
     check_arrays(q, k, v)
     if options.chunk % LANES:
         raise NotImplementedError(f"{options.chunk=}: the TPU kernels take multiples of {LANES}")
-    plan = plan_for(options, q, k, v)
-    taken = plan_bytes(plan)
-    if taken > VMEM_BUDGET:
+    plan = plan_for(options, q, k, v, backward_bytes)
+    if (taken := backward_bytes(plan)) > VMEM_BUDGET:
         raise NotImplementedError(
             f"heads of {q.shape[-1]} and {v.shape[-1]} features in chunks of {plan.chunk} take "
             f"{taken} bytes of VMEM: the TPU kernels have {VMEM_BUDGET}"
@@ -107,8 +111,9 @@ def forward(
         NotImplementedError: see `check`.
     """
     check(options, q, k, v)
-    call = Call(plan_for(options, q, k, v), *carry.shape[:2])
-    plan, flat = call.plan, functools.partial(flatten, dtype=call.plan.dtype)
+    plan = plan_for(options, q, k, v, forward_bytes)
+    call = Call(plan, *carry.shape[:2])
+    flat = functools.partial(flatten, dtype=plan.dtype)
     state = (
         (pad(memory, 2), call.state(plan.q_dim, plan.v_dim)),
         (pad(normalizer[:, :, None], 1), call.state(1, plan.q_dim)),
@@ -159,33 +164,11 @@ def backward(
         NotImplementedError: see `check`.
     """
     check(options, q, k, v)
-    call = Call(plan_for(options, q, k, v), *carry.shape[:2])
-    plan, flat = call.plan, functools.partial(flatten, dtype=call.plan.dtype)
+    states, sums = _states(options, q, k, v, gates, carry, memory, normalizer)
+    plan = plan_for(options, q, k, v, backward_bytes)
+    call = Call(plan, *carry.shape[:2], last_first=True)
     sizes = (plan.q_dim, plan.v_dim), (1, plan.q_dim)
-    carry = call.flat_carry(carry)
-    q_in, k_in, v_in, dh_in = map(flat, (q, k, v, dh))
-    states, sums = call.run(
-        "mlstm_states",
-        functools.partial(states_kernel, plan),
-        inputs=[
-            (carry, call.carry()),
-            (k_in, call.tokens(plan.q_dim)),
-            (v_in, call.tokens(plan.v_dim)),
-            (gates, call.per_chunk(8, plan.chunk)),
-            (pad(memory, 2), call.state(*sizes[0])),
-            (pad(normalizer[:, :, None], 1), call.state(*sizes[1])),
-        ],
-        outputs=[
-            (call.struct(*sizes[0], dtype=plan.dtype), call.per_chunk(*sizes[0])),
-            (call.struct(*sizes[1]), call.per_chunk(*sizes[1])),
-        ],
-        scratch=[
-            *(pltpu.VMEM((plan.heads, *size), jnp.float32) for size in sizes),
-            pltpu.VMEM((plan.heads, *sizes[0]), plan.dtype),
-        ],
-        products=(0, 0, 1),
-        exponentials=plan.chunk,
-    )
+    q_in, k_in, v_in, dh_in = (flatten(x, plan.dtype) for x in (q, k, v, dh))
 
     def body(carry, *refs):
         refs = iter(refs)
@@ -194,7 +177,6 @@ def backward(
         )
         backward_kernel(plan, carry, inputs, dstate0, outputs, dstate, Scratch(*scratch))
 
-    call = dataclasses.replace(call, last_first=True)
     query, key = ((x, call.tokens(plan.q_dim)) for x in (q_in, k_in))
     value = v_in, call.tokens(plan.v_dim)
     dstate = (
@@ -205,7 +187,7 @@ def backward(
         "mlstm_backward",
         body,
         inputs=[
-            (carry, call.carry()),
+            (call.flat_carry(carry), call.carry()),
             *(query, key, value),
             (gates, call.per_chunk(8, plan.chunk)),
             (dh_in, call.tokens(plan.v_dim)),
@@ -242,6 +224,36 @@ def backward(
         jnp.sum(dcarry, axis=(-2, -1)),
         *cut_state(dmemory, dnormalizer, q, v),
     )
+
+
+def _states(options, q, k, v, gates, carry, memory, normalizer) -> tuple[Array, Array]:
+    """C and n before every chunk, padded; C in the dtype of the products' operands."""
+    plan = plan_for(options, q, k, v, states_bytes)
+    call = Call(plan, *carry.shape[:2])
+    sizes = (plan.q_dim, plan.v_dim), (1, plan.q_dim)
+    states, sums = call.run(
+        "mlstm_states",
+        functools.partial(states_kernel, plan),
+        inputs=[
+            (call.flat_carry(carry), call.carry()),
+            (flatten(k, plan.dtype), call.tokens(plan.q_dim)),
+            (flatten(v, plan.dtype), call.tokens(plan.v_dim)),
+            (gates, call.per_chunk(8, plan.chunk)),
+            (pad(memory, 2), call.state(*sizes[0])),
+            (pad(normalizer[:, :, None], 1), call.state(*sizes[1])),
+        ],
+        outputs=[
+            (call.struct(*sizes[0], dtype=plan.dtype), call.per_chunk(*sizes[0])),
+            (call.struct(*sizes[1]), call.per_chunk(*sizes[1])),
+        ],
+        scratch=[
+            *(pltpu.VMEM((plan.heads, *size), jnp.float32) for size in sizes),
+            pltpu.VMEM((plan.heads, *sizes[0]), plan.dtype),
+        ],
+        products=(0, 0, 1),
+        exponentials=plan.chunk,
+    )
+    return states, sums
 
 
 # The compiler of TPUs cannot split a kernel by itself.

@@ -135,8 +135,15 @@ def check_arrays(q: Array, k: Array, v: Array) -> None:
             )
 
 
-def plan_for(options: Any, q: Array, k: Array, v: Array) -> Plan:
-    """What the kernels' bodies are specialised for: as much in one grid step as fits."""
+def plan_for(
+    options: Any, q: Array, k: Array, v: Array, vmem_bytes: Callable[[Tiling], int]
+) -> Plan:
+    """What a kernel's body is specialised for: as much in one grid step as fits.
+
+    Args:
+        options, q, k, v: as the passes have them.
+        vmem_bytes: of the kernel: `forward_bytes`, `states_bytes` or `backward_bytes`.
+    """
     config, heads = options.config, q.shape[2]
     narrow = all(x.dtype == jnp.bfloat16 for x in (q, k, v))
     smallest = Plan(
@@ -156,29 +163,40 @@ def plan_for(options: Any, q: Array, k: Array, v: Array) -> Plan:
         if heads % heads_ == 0
         for together in range(max(1, min(config.tokens // options.chunk, smallest.chunks)), 0, -1)
     ]
-    return next((plan for plan in plans if plan_bytes(plan) <= VMEM_BUDGET), smallest)
+    return next((plan for plan in plans if vmem_bytes(plan) <= VMEM_BUDGET), smallest)
 
 
-def plan_bytes(plan: Plan) -> int:
-    """VMEM of the backward kernel, which takes most."""
-    itemsize = plan.dtype.itemsize
-    one = plan.heads * vmem_bytes(plan.chunk, plan.q_dim, plan.v_dim, itemsize)
-    more = (plan.together - 1) * plan.heads
-    return one + more * _stream_bytes(plan.chunk, plan.q_dim, plan.v_dim, itemsize)
+def forward_bytes(plan: Tiling) -> int:
+    """VMEM of the kernel of outputs."""
+    moved = plan.chunk * 2 * (plan.q_dim + plan.v_dim) * plan.dtype.itemsize
+    scratch = (plan.chunk * 4 + (plan.chunk + plan.q_dim) * plan.dtype.itemsize) * LANES
+    return _bytes(plan, moved, 4, scratch)
 
 
-def _stream_bytes(chunk: int, q_dim: int, v_dim: int, itemsize: int) -> int:
-    """A chunk's share of the blocks that come and go, of which there are two each."""
-    tokens = chunk * (4 * q_dim + 3 * v_dim) * itemsize + chunk * (8 + 4) * 4
-    return 2 * (tokens + q_dim * v_dim * itemsize + 8 * (q_dim + LANES) * 4)
+def states_bytes(plan: Tiling) -> int:
+    """VMEM of the kernel of the states before chunks."""
+    moved = plan.chunk * (plan.q_dim + plan.v_dim) + plan.q_dim * plan.v_dim
+    return _bytes(plan, moved * plan.dtype.itemsize + 8 * plan.q_dim * 4, 3, 0)
 
 
-def vmem_bytes(chunk: int, q_dim: int, v_dim: int, itemsize: int) -> int:
-    """VMEM of a head's chunk."""
-    state = 4 * (q_dim * v_dim + 8 * q_dim) * 4
-    scratch = (2 * chunk * chunk + chunk * q_dim + q_dim * v_dim) * itemsize
-    scratch += (4 * chunk + 2 * q_dim) * LANES * 4 + 8 * chunk * 4
-    return _stream_bytes(chunk, q_dim, v_dim, itemsize) + state + scratch
+def backward_bytes(plan: Tiling) -> int:
+    """VMEM of the kernel of cotangents, which takes most."""
+    itemsize, state = plan.dtype.itemsize, plan.q_dim * plan.v_dim
+    moved = (plan.chunk * (4 * plan.q_dim + 3 * plan.v_dim) + state) * itemsize
+    moved += (4 * plan.chunk + 8 * (plan.q_dim + LANES)) * 4
+    scratch = (2 * plan.chunk * plan.chunk + plan.chunk * plan.q_dim) * itemsize
+    scratch += (4 * plan.chunk + 2 * plan.q_dim) * LANES * 4 + 8 * plan.chunk * 4
+    return _bytes(plan, moved, 4, scratch)
+
+
+def _bytes(plan: Tiling, moved: int, states: int, scratch: int) -> int:
+    """Of a chunk's blocks, which are there twice, of C and n in float32 and C rounded, of others.
+
+    Gates move in every kernel, and are not counted in `moved`.
+    """
+    memory, normalizer = plan.q_dim * plan.v_dim, 8 * plan.q_dim
+    state = states * (memory + normalizer) * 4 + memory * plan.dtype.itemsize
+    return plan.heads * (plan.together * 2 * (moved + 8 * plan.chunk * 4) + state + scratch)
 
 
 def padded(size: int) -> int:

@@ -45,7 +45,7 @@ def entry(
     results: tuple,
     *,
     per_token: int,
-    tiling: Tiling,
+    tilings: dict[str, Tiling],
     chips: tuple[str, ...],
     budget: Callable[[Chip], Budget],
 ) -> Entry:
@@ -55,14 +55,18 @@ def entry(
         name, function, arguments, chips, budget: as `Entry` has them; one tuning serves all chips.
         results: shapes and dtypes of what is written.
         per_token: multiplications of matrix products for each token and head.
-        tiling: of the kernels.
+        tilings: of every kernel, by its name or a part of it that no other has.
     """
     cores = CHIPS[chips[0]].cores
-    steps = BATCH * HEADS // tiling.heads * tiling.steps // cores
 
-    def trip_counts(loops):
-        # Chunks of a step inside, steps of the grid outside, of which two more fetch and write.
-        return [steps + 2 if loop.depth == 1 else tiling.together for loop in loops]
+    def launch(kernel: str, tiling: Tiling) -> Launch:
+        steps = BATCH * HEADS // tiling.heads * tiling.steps // cores
+
+        def trip_counts(loops):
+            # Chunks of a step inside, steps of the grid outside, of which two more fetch and write.
+            return [steps + 2 if loop.depth == 1 else tiling.together for loop in loops]
+
+        return Launch(kernel, trip_counts)
 
     return Entry(
         name=name,
@@ -70,7 +74,7 @@ def entry(
         build=lambda _: (function, arguments),
         bytes_minimum=sum(x.size * x.dtype.itemsize for x in (*arguments, *results)),
         matrix_flops=2 * BATCH * TIME * HEADS * per_token,
-        launches=(Launch(trip_counts=trip_counts),),
+        launches=tuple(launch(*item) for item in tilings.items()),
         chips=chips,
         budget=budget,
     )

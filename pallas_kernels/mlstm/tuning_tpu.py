@@ -22,7 +22,7 @@ class TuningConfig:
         columns: columns of a product's result that are held at a time, a multiple of 128.
     """
 
-    heads: int = 4
+    heads: int = 8
     tokens: int = 512
     longest_chunk: int = 128
     columns: int = 256
