@@ -42,6 +42,7 @@ def shapes(batch, time, heads, q_dim, v_dim, dtype, sharding=lambda *_: None):
     ("shape", "options"),
     [
         ((2, 1000, 4, 128, 256, jnp.float32), {}),
+        ((1, 600, 8, 128, 256, jnp.float32), {}),
         ((1, 300, 3, 64, 64, jnp.bfloat16), {"normalized": False, "stabilized": False}),
         ((1, 130, 5, 40, 200, jnp.float16), {}),
         ((1, 1024, 2, 512, 512, jnp.bfloat16), {}),
