@@ -3,11 +3,14 @@
     python experiments/tpu_baselines.py
     python experiments/tpu_baselines.py --operator=mlstm
     python experiments/tpu_baselines.py --operator=gated_delta
+    python experiments/tpu_baselines.py --operator=mlstm --contestant=kernels
 
-Needs the compilers (`make report` sets them up and runs all three). Writes tpu_baselines.json,
-mlstm_tpu_baselines.json or gated_delta_tpu_baselines.json and its .png into --out and prints a
-table. What is compared and how: the modules of these names in swr_jax/benchmark and
-chunkwise_tpu_baselines.py, repeated in the JSON.
+Needs the compilers (`make report` sets them up and runs the first three). Writes
+tpu_baselines.json, mlstm_tpu_baselines.json or gated_delta_tpu_baselines.json and its .png into
+--out and prints a table. With --contestant only that is compiled, and what the JSON in --out says
+of the others stays, if it is of the same JAX: XLA's programs of an mLSTM take hours. What is
+compared and how: the modules of these names in swr_jax/benchmark and chunkwise_tpu_baselines.py,
+repeated in the JSON.
 """
 
 import concurrent.futures
@@ -27,6 +30,7 @@ from swr_jax.benchmark import (
     chunkwise_tpu_baselines,
     gated_delta_tpu_baselines,
     mlstm_tpu_baselines,
+    records,
     report,
     tpu_baselines,
 )
@@ -74,6 +78,7 @@ OPERATORS = {
 }
 
 OPERATOR = flags.DEFINE_enum("operator", "recurrence", list(OPERATORS), "What is compared.")
+CONTESTANTS = flags.DEFINE_multi_string("contestant", [], "What is compiled; none given: all.")
 OUT = flags.DEFINE_string("out", "experiments/results", "Folder for the results, made if missing.")
 SHOWN = 8192  # tokens of the table
 
@@ -90,23 +95,29 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected argument {argv[1]!r}: options begin with --")
     jax.config.update("jax_platforms", "cpu")
     baselines = OPERATORS[OPERATOR.value]
+    contestants = tuple(CONTESTANTS.value or baselines.contestants)
+    if unknown := set(contestants) - set(baselines.contestants):
+        sys.exit(f"error: --contestant: {unknown} are none of {baselines.contestants}")
+    out = Path(OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{baselines.name}.json"
     record = {
         "environment": report.environment(sys.argv[1:]),
         "protocol": " ".join(baselines.protocol.split()),
         "predictions": [],
     }
-    tasks = [
-        (OPERATOR.value, chip, kind) for chip in baselines.chips for kind in baselines.contestants
-    ]
+    if set(contestants) != set(baselines.contestants):
+        try:
+            record |= records.predictions_of_others(path, contestants, jax.__version__)
+        except records.RecordError as error:
+            sys.exit(f"error: --contestant: {error}")
+    tasks = [(OPERATOR.value, chip, kind) for chip in baselines.chips for kind in contestants]
     with concurrent.futures.ProcessPoolExecutor(
         1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
     ) as pool:
         for task, found in zip(tasks, pool.map(predict, *zip(*tasks, strict=True)), strict=True):
             record["predictions"] += found
             print("compiled for", *task[1:], flush=True)
-    out = Path(OUT.value)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{baselines.name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     baselines.draw(record, path.with_suffix(".png"))
     print(f"\n{baselines.table(record['predictions'], SHOWN)}\n\nwrote {path} and its picture")

@@ -1,18 +1,10 @@
 """The TPU kernels of the mLSTM at its published shape: 65,536 tokens of 16 heads, bfloat16."""
 
 import functools
-from collections.abc import Callable
 
 from pallas_kernels.catalogue import Budget, Entry
 from pallas_kernels.mlstm.gradient import Options
-from pallas_kernels.mlstm.mosaic_tpu import backward, forward
-from pallas_kernels.mlstm.mosaic_tpu_calls import (
-    backward_bytes,
-    forward_bytes,
-    plan_for,
-    states_bytes,
-)
-from pallas_kernels.mlstm.mosaic_tpu_chunk import Tiling
+from pallas_kernels.mlstm.mosaic_tpu import backward, forward, tilings
 from pallas_kernels.mlstm.reference_tpu import (
     CHUNK,
     HEADS,
@@ -71,12 +63,7 @@ def _budget(chip: Chip, floor_chips: tuple[str, ...]) -> Budget:
 
 
 def _entries(chips: tuple[str, ...]) -> tuple[Entry, Entry]:
-    def tilings(**vmem_bytes: Callable[[Tiling], int]) -> dict[str, Tiling]:
-        return {
-            f"mlstm_{kernel}": plan_for(_OPTIONS, *heads_of_inputs(), of_kernel)
-            for kernel, of_kernel in vmem_bytes.items()
-        }
-
+    shared = {"tilings": tilings(_OPTIONS, *heads_of_inputs()), "chips": chips}
     state = Q_DIM * V_DIM
     return (
         entry(
@@ -85,9 +72,8 @@ def _entries(chips: tuple[str, ...]) -> tuple[Entry, Entry]:
             _INPUTS,
             (V, *_STATE),
             per_token=CHUNK * (Q_DIM + V_DIM) + 2 * state,
-            tilings=tilings(forward=forward_bytes),
-            chips=chips,
             budget=functools.partial(_budget, floor_chips=chips),
+            **shared,
         ),
         entry(
             "mlstm/backward",
@@ -95,9 +81,8 @@ def _entries(chips: tuple[str, ...]) -> tuple[Entry, Entry]:
             (*_INPUTS, V, *_STATE),
             (Q, Q, V, _DGATES, _CARRY, *_STATE),
             per_token=CHUNK * (3 * Q_DIM + 2 * V_DIM) + 5 * state,
-            tilings=tilings(states=states_bytes, backward=backward_bytes),
-            chips=chips,
             budget=functools.partial(_budget, floor_chips=("v5e", "v5p", "v6e")),
+            **shared,
         ),
     )
 

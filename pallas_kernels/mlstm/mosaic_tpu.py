@@ -38,7 +38,7 @@ from pallas_kernels.mlstm.mosaic_tpu_calls import (
     plan_for,
     states_bytes,
 )
-from pallas_kernels.mlstm.mosaic_tpu_chunk import Tiling
+from pallas_kernels.mlstm.mosaic_tpu_chunk import Plan, Tiling
 from pallas_kernels.mlstm.mosaic_tpu_kernels import forward_kernel, states_kernel
 from pallas_kernels.mlstm.tuning_tpu import LANES, VMEM_BUDGET, TuningConfig
 
@@ -77,7 +77,7 @@ def check(options: Any, q: Array, k: Array, v: Array) -> None:
     check_arrays(q, k, v)
     if options.chunk % LANES:
         raise NotImplementedError(f"{options.chunk=}: the TPU kernels take multiples of {LANES}")
-    plan = plan_for(options, q, k, v, backward_bytes)
+    plan = tilings(options, q, k, v)["mlstm_backward"]
     if (taken := backward_bytes(plan)) > VMEM_BUDGET:
         raise NotImplementedError(
             f"heads of {q.shape[-1]} and {v.shape[-1]} features in chunks of {plan.chunk} take "
@@ -111,7 +111,7 @@ def forward(
         NotImplementedError: see `check`.
     """
     check(options, q, k, v)
-    plan = plan_for(options, q, k, v, forward_bytes)
+    plan = tilings(options, q, k, v)["mlstm_forward"]
     call = Call(plan, *carry.shape[:2])
     flat = functools.partial(flatten, dtype=plan.dtype)
     state = (
@@ -165,7 +165,7 @@ def backward(
     """
     check(options, q, k, v)
     states, sums = _states(options, q, k, v, gates, carry, memory, normalizer)
-    plan = plan_for(options, q, k, v, backward_bytes)
+    plan = tilings(options, q, k, v)["mlstm_backward"]
     call = Call(plan, *carry.shape[:2], last_first=True)
     sizes = (plan.q_dim, plan.v_dim), (1, plan.q_dim)
     q_in, k_in, v_in, dh_in = (flatten(x, plan.dtype) for x in (q, k, v, dh))
@@ -226,9 +226,15 @@ def backward(
     )
 
 
+def tilings(options: Any, q: Array, k: Array, v: Array) -> dict[str, Plan]:
+    """How each kernel cuts its work up, by its name."""
+    taken = {"forward": forward_bytes, "states": states_bytes, "backward": backward_bytes}
+    return {f"mlstm_{name}": plan_for(options, q, k, v, taken[name]) for name in taken}
+
+
 def _states(options, q, k, v, gates, carry, memory, normalizer) -> tuple[Array, Array]:
     """C and n before every chunk, padded; C in the dtype of the products' operands."""
-    plan = plan_for(options, q, k, v, states_bytes)
+    plan = tilings(options, q, k, v)["mlstm_states"]
     call = Call(plan, *carry.shape[:2])
     sizes = (plan.q_dim, plan.v_dim), (1, plan.q_dim)
     states, sums = call.run(

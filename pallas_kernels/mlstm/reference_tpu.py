@@ -55,12 +55,31 @@ def entry(
         name, function, arguments, chips, budget: as `Entry` has them; one tuning serves all chips.
         results: shapes and dtypes of what is written.
         per_token: multiplications of matrix products for each token and head.
-        tilings: of every kernel, by its name or a part of it that no other has.
+        tilings: as `launches` takes them.
     """
-    cores = CHIPS[chips[0]].cores
+    return Entry(
+        name=name,
+        platform="tpu",
+        build=lambda _: (function, arguments),
+        bytes_minimum=sum(x.size * x.dtype.itemsize for x in (*arguments, *results)),
+        matrix_flops=2 * BATCH * TIME * HEADS * per_token,
+        launches=launches(tilings, BATCH * HEADS, CHIPS[chips[0]].cores),
+        chips=chips,
+        budget=budget,
+    )
+
+
+def launches(tilings: dict[str, Tiling], heads: int, cores: int) -> tuple[Launch, ...]:
+    """Return how often the kernels' loops run.
+
+    Args:
+        tilings: of every kernel, by its name or a part of it that no other has.
+        heads: of all rows of the batch.
+        cores: of the chip, which share the steps of the grid.
+    """
 
     def launch(kernel: str, tiling: Tiling) -> Launch:
-        steps = BATCH * HEADS // tiling.heads * tiling.steps // cores
+        steps = heads // tiling.heads * tiling.steps // cores
 
         def trip_counts(loops):
             # Chunks of a step inside, steps of the grid outside, of which two more fetch and write.
@@ -68,16 +87,7 @@ def entry(
 
         return Launch(kernel, trip_counts)
 
-    return Entry(
-        name=name,
-        platform="tpu",
-        build=lambda _: (function, arguments),
-        bytes_minimum=sum(x.size * x.dtype.itemsize for x in (*arguments, *results)),
-        matrix_flops=2 * BATCH * TIME * HEADS * per_token,
-        launches=tuple(launch(*item) for item in tilings.items()),
-        chips=chips,
-        budget=budget,
-    )
+    return tuple(launch(*item) for item in tilings.items())
 
 
 def chips_by_cores() -> list[tuple[str, ...]]:

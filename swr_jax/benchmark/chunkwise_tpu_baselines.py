@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import targets
 from pallas_kernels.mlstm.mosaic_tpu_chunk import Tiling
+from pallas_kernels.mlstm.reference_tpu import launches
 
 TOKENS, HEADS, Q_DIM, V_DIM = 65536, 16, 128, 256
 LENGTHS = (2048, 8192, 65536)
@@ -32,12 +33,12 @@ class Operator(NamedTuple):
         rule: takes an implementation, q and k [B, T, H, Dk], v [B, T, H, Dv], two gates [B, T, H]
             and the first state to outputs and last state.
         state: takes the shape and dtype of the first state's memory [B, H, Dk, Dv] to that state.
-        tiling: takes q, k and v to how the kernels cut the work up, which is the same for all.
+        tilings: takes q, k and v to how each kernel cuts the work up, by its name or a part of it.
     """
 
     rule: Callable
     state: Callable[[jax.ShapeDtypeStruct], Any]
-    tiling: Callable[..., Tiling]
+    tilings: Callable[..., dict[str, Tiling]]
 
 
 def _arguments(operator: Operator, length: int) -> tuple:
@@ -70,20 +71,9 @@ def _program(operator: Operator, contestant: str, mode: str) -> Callable:
     return forward if mode == "forward" else both
 
 
-def _launches(
-    operator: Operator, chip: str, q: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct
-) -> tuple:
-    """How often the kernels' loops run, all alike: over the grid, and over chunks of a step.
-
-    The grid's loop has two turns more than steps, which fetch and write; cores share the steps.
-    """
-    tiling = operator.tiling(*(jax.eval_shape(_by_head, x) for x in (q, q, v)))
-    steps = q.shape[0] * (HEADS // tiling.heads) * tiling.steps // targets.CHIPS[chip].cores
-
-    def trip_counts(loops):
-        return [steps + 2 if loop.depth == 1 else tiling.together for loop in loops]
-
-    return (targets.Launch(trip_counts=trip_counts),)
+def _launches(operator: Operator, chip: str, *qkv: jax.ShapeDtypeStruct) -> tuple:
+    tilings = operator.tilings(*(jax.eval_shape(_by_head, x) for x in qkv))
+    return launches(tilings, qkv[0].shape[0] * HEADS, targets.CHIPS[chip].cores)
 
 
 def predict(operator: Operator, chip: str, contestant: str) -> Iterator[dict]:
@@ -104,9 +94,12 @@ def predict(operator: Operator, chip: str, contestant: str) -> Iterator[dict]:
                 report = targets.compile_program(chip, program, *arguments, name=contestant)
                 seconds = report.cycles_seconds
             else:
-                launches = _launches(operator, chip, arguments[0], arguments[2])
                 report = targets.compile_for(
-                    chip, program, *arguments, launches=launches, name=contestant
+                    chip,
+                    program,
+                    *arguments,
+                    launches=_launches(operator, chip, *arguments[:3]),
+                    name=contestant,
                 )
                 seconds = report.seconds
             least = report.argument_bytes + report.output_bytes

@@ -1,7 +1,5 @@
 """The gated delta rule: XLA's chunks have 64 tokens, eight of them prepared together."""
 
-import functools
-
 from pallas_kernels.gated_delta.mosaic_tpu import TuningConfig, tiling_for
 from swr_jax.benchmark import chunkwise_tpu_baselines as chunkwise
 from swr_jax.ops import gated_delta_chunk, gated_delta_evaluation
@@ -19,5 +17,5 @@ def _rule(implementation: str, *arrays):
 OPERATOR = chunkwise.Operator(
     rule=_rule,
     state=lambda memory: memory,
-    tiling=functools.partial(tiling_for, TuningConfig()),
+    tilings=lambda *qkv: {"gated_delta": tiling_for(TuningConfig(), *qkv)},
 )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mlstm.gradient import Options
-from pallas_kernels.mlstm.mosaic_tpu_calls import plan_for
+from pallas_kernels.mlstm.mosaic_tpu import tilings
 from pallas_kernels.mlstm.tuning_tpu import TuningConfig
 from swr_jax.benchmark import chunkwise_tpu_baselines as chunkwise
 from swr_jax.ops import mlstm_chunkwise, mlstm_evaluation
@@ -27,5 +27,5 @@ def _state(memory: jax.ShapeDtypeStruct) -> mlstm_chunkwise.State:
 OPERATOR = chunkwise.Operator(
     rule=_rule,
     state=_state,
-    tiling=functools.partial(plan_for, Options(_CHUNK, True, True, TuningConfig())),
+    tilings=functools.partial(tilings, Options(_CHUNK, True, True, TuningConfig())),
 )

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 # What two runs must have in common for one to go on where the other stopped.
@@ -44,6 +44,26 @@ def open_record(path: Path, header: Mapping, *, fresh: bool) -> dict:
 def read_record(path: Path) -> dict:
     """Return what a section has written."""
     return json.loads(path.read_text())
+
+
+def predictions_of_others(path: Path, contestants: Collection[str], jax_version: str) -> dict:
+    """Return what a record of predictions has for all but some contestants, and where it is from.
+
+    Args:
+        path: its file.
+        contestants: that are predicted anew.
+        jax_version: of which the others must be.
+
+    Raises:
+        RecordError: there is no such file, or it is of another JAX.
+    """
+    if not path.exists():
+        raise RecordError(f"there is no {path} with predictions of the others: predict all")
+    record = read_record(path)
+    predictions = [row for row in record["predictions"] if row["contestant"] not in contestants]
+    if versions := {row["jax"] for row in predictions} - {jax_version}:
+        raise RecordError(f"{path} is of JAX {sorted(versions)}, not {jax_version}: predict all")
+    return {"kept_environment": record["environment"], "predictions": predictions}
 
 
 def write_record(record: Mapping, path: Path) -> None:
