@@ -87,6 +87,8 @@ def prepare(
     before = high + low
     after = jnp.where(last, sum_after(log_f), -jnp.inf)
     whole = jnp.where(first[..., -1], before[..., -1], -jnp.inf)
+    places = jnp.arange(chunk, dtype=jnp.float32)
+    begin = lax.cummax(jnp.where(resets, places, 0), axis=resets.ndim - 1)
 
     m = jnp.zeros_like(log_i)
     ends = jnp.zeros((*log_i.shape[:2], log_i.shape[2] + 1), log_i.dtype)
@@ -96,7 +98,7 @@ def prepare(
         newest = jnp.max(written, axis=-1)
         ends = _stabilizers(stabilizer, whole, newest)
         winner = jnp.where((newest >= whole + ends[..., :-1])[..., None], last_maximum(written), 0)
-        m = before + within_documents(jnp.maximum, documents, log_i - before)
+        m = before + within_documents(jnp.maximum, places - begin, log_i - before)
         m = jnp.maximum(m, jnp.where(first, before + ends[..., :-1, None], -jnp.inf))
         m = jnp.round(finite(m) * _PARTS) / _PARTS
     start, end = ends[..., :-1], finite(ends[..., 1:])
@@ -105,8 +107,6 @@ def prepare(
     recall = jnp.exp(jnp.where(first, before + (start[..., None] - m), -jnp.inf))
     kept = jnp.exp(after + (log_i - end[..., None]))
     floor = q_dim**0.5 * (lower_bound(m) if normalized else jnp.ones_like(m))
-    places = jnp.arange(chunk, dtype=jnp.float32)
-    begin = lax.cummax(jnp.where(resets, places, 0), axis=resets.ndim - 1)
     rows = [high - m, low, high - i_high, low - i_low, begin]
     return Gates(
         jnp.stack([*rows, recall, kept, floor], axis=-2),
@@ -137,9 +137,8 @@ def gradient(
 
     kept = drows[..., D_KEPT, :] + gates.winner * dmaximum[..., None]
     dlog_i = drows[..., D_COLUMN, :] + drows[..., D_OWN, :] + kept
-    dlog_f = within_documents(
-        jnp.add, gates.documents, drows[..., D_ROW, :] - drows[..., D_COLUMN, :], reverse=True
-    )
+    dlog_f = drows[..., D_ROW, :] - drows[..., D_COLUMN, :]
+    dlog_f = within_documents(jnp.add, _later_in_document(gates.documents), dlog_f, reverse=True)
     dlog_f += jnp.cumsum(kept, axis=-1) - kept
     whole = dcarry + jnp.where(inherited, dmaximum, 0)
     dlog_f += jnp.where(gates.documents == 0, whole[..., None], 0)
@@ -147,14 +146,33 @@ def gradient(
     return _join(dlog_i, time), _join(dlog_f, time), dfirst
 
 
-def within_documents(operation, documents: Array, x: Array, *, reverse: bool = False) -> Array:
-    """Return the running `operation` over the last axis of x, begun anew with every document."""
+def within_documents(operation, reach: Array, x: Array, *, reverse: bool = False) -> Array:
+    """Return the running `operation` over the last axis of x, begun anew with every document.
 
-    def combine(left, right):
-        same = left[0] == right[0]
-        return right[0], jnp.where(same, operation(left[1], right[1]), right[1])
+    In steps of 1, 2, 4, ...: each is one pass over whole arrays, where the slices of a scan by
+    halves would leave most lanes of a TPU without work.
 
-    return lax.associative_scan(combine, (documents, x), reverse=reverse, axis=x.ndim - 1)[1]
+    Args:
+        operation: of two arrays, associative.
+        reach: how many numbers before one (after it, in `reverse`) belong to its document.
+        x: of the same shape.
+        reverse: from the last number to the first.
+    """
+    step = 1
+    while step < x.shape[-1]:
+        other = jnp.roll(x, -step if reverse else step, axis=-1)
+        x = jnp.where(reach >= step, operation(x, other), x)
+        step *= 2
+    return x
+
+
+def _later_in_document(documents: Array) -> Array:
+    """How many numbers after each are of its document, from the documents' numbers [..., L]."""
+    last, size = documents.ndim - 1, documents.shape[-1]
+    places = jnp.arange(size)
+    ends = documents != jnp.roll(documents, -1, axis=last)
+    ends |= places == size - 1
+    return lax.cummin(jnp.where(ends, places, size), axis=last, reverse=True) - places
 
 
 def _stabilizers(first: Array, whole: Array, newest: Array) -> Array:
