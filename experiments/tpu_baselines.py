@@ -15,7 +15,6 @@ repeated in the JSON.
 
 import concurrent.futures
 import functools
-import json
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
@@ -118,7 +117,7 @@ def main(argv: list[str]) -> None:
         for task, found in zip(tasks, pool.map(predict, *zip(*tasks, strict=True)), strict=True):
             record["predictions"] += found
             print("compiled for", *task[1:], flush=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    records.write_record(record, path)
     baselines.draw(record, path.with_suffix(".png"))
     print(f"\n{baselines.table(record['predictions'], SHOWN)}\n\nwrote {path} and its picture")
 
