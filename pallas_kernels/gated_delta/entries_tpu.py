@@ -15,28 +15,27 @@ from pallas_kernels.mlstm.reference_tpu import (
     V,
     as_it_lies,
     by_head,
-    chips_by_cores,
     entry,
     heads_of_inputs,
     struct,
+    tpus,
 )
+from pallas_kernels.mlstm.tuning_tpu import vmem_of
 from pallas_kernels.targets import Chip
-
-_CONFIG = TuningConfig()
 
 _GATE = struct(TIME, HEADS)
 _STATES = struct(HEADS, TIME // CHUNK, Q_DIM, V_DIM)
 _INPUTS = Q, Q, V, _GATE, _GATE
 
 
-def _forward(q, k, v, *others, keep):
-    o, *state = forward(_CONFIG, *map(by_head, (q, k, v)), *others, keep=keep)
+def _forward(config, q, k, v, *others, keep):
+    o, *state = forward(config, *map(by_head, (q, k, v)), *others, keep=keep)
     return as_it_lies(o), *state
 
 
-def _backward(q, k, v, alpha, beta, states, do, dmemory):
+def _backward(config, q, k, v, alpha, beta, states, do, dmemory):
     q, k, v, do = map(by_head, (q, k, v, do))
-    *dx, dalpha, dbeta, dmemory = backward(_CONFIG, q, k, v, alpha, beta, states, do, dmemory)
+    *dx, dalpha, dbeta, dmemory = backward(config, q, k, v, alpha, beta, states, do, dmemory)
     return *map(as_it_lies, dx), dalpha, dbeta, dmemory
 
 
@@ -50,33 +49,33 @@ def _budget(chip: Chip, floor_ratio: float) -> Budget:
         spill=None,
         bytes_ratio=1.01,
         floor_ratio=floor_ratio if chip.name in ("v5e", "v5p", "v6e") else None,
-        vmem_bytes=chip.vmem_limit_bytes,
+        vmem_bytes=vmem_of(chip.vmem_bytes),
     )
 
 
-def _entries(chips: tuple[str, ...]) -> tuple[Entry, ...]:
-    tiling = tiling_for(_CONFIG, *heads_of_inputs())
+def _entries(chip: Chip) -> tuple[Entry, ...]:
+    config = TuningConfig(vmem_bytes=vmem_of(chip.vmem_bytes))
 
-    def of_rule(name, function, arguments, results, per_token, floor_ratio):
+    def of_rule(name, function, arguments, results, per_token, floor_ratio, **static):
         return entry(
             f"gated_delta/{name}",
-            function,
+            functools.partial(function, config, **static),
             arguments,
             results,
             per_token=per_token,
-            tilings={"gated_delta": tiling},
-            chips=chips,
-            budget=functools.partial(_budget, floor_ratio=floor_ratio),
+            tilings={"gated_delta": tiling_for(config, *heads_of_inputs())},
+            chip=chip,
+            budget=_budget(chip, floor_ratio),
         )
 
     state = Q_DIM * V_DIM
     # Of whole matrices, as of the mLSTM's kernels; the inverse not counted.
     reads = CHUNK * (Q_DIM + V_DIM)
-    given, forwards = (*_INPUTS, MEMORY), 2 * reads + 3 * state
-    plain, keeping = (functools.partial(_forward, keep=keep) for keep in (False, True))
+    forwards, per_token = (_forward, (*_INPUTS, MEMORY)), 2 * reads + 3 * state
+    kept = V, MEMORY, _STATES
     return (
-        of_rule("forward", plain, given, (V, MEMORY), forwards, 7.5),
-        of_rule("forward_keeping", keeping, given, (V, MEMORY, _STATES), forwards, 5.5),
+        of_rule("forward", *forwards, (V, MEMORY), per_token, 7.5, keep=False),
+        of_rule("forward_keeping", *forwards, kept, per_token, 5.5, keep=True),
         of_rule(
             "backward",
             _backward,
@@ -89,5 +88,5 @@ def _entries(chips: tuple[str, ...]) -> tuple[Entry, ...]:
 
 
 def entries() -> tuple[Entry, ...]:
-    """Forward and backward, for chips of one core and of two that divide the grid."""
-    return tuple(entry for chips in chips_by_cores() for entry in _entries(chips))
+    """Forward and backward, for every TPU."""
+    return tuple(entry for chip in tpus() for entry in _entries(chip))

@@ -15,7 +15,6 @@ What costs extra, all of it outside the kernels, in XLA:
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +23,10 @@ from jax.experimental import pallas as pl
 from pallas_kernels.distribution import distributed, refuse_automatic_axes
 from pallas_kernels.gated_delta.mosaic_tpu_chunk import CHUNK
 from pallas_kernels.gated_delta.mosaic_tpu_kernels import backward_kernel, forward_kernel
-from pallas_kernels.interpreter import simulated_platform
 from pallas_kernels.mlstm.mosaic_tpu_calls import Call, check_arrays, flatten, pad, padded
 from pallas_kernels.mlstm.mosaic_tpu_chunk import Tiling
-from pallas_kernels.mlstm.tuning_tpu import VMEM_BUDGET
+from pallas_kernels.mlstm.tuning_tpu import buffer_bytes, vmem_here
+from pallas_kernels.residuals import with_residuals
 
 Array = jax.Array
 
@@ -44,10 +43,12 @@ class TuningConfig:
         heads: heads that one program has at a time, at most: its products fill the waiting time of
             one another. Fewer where they do not divide the heads or do not fit VMEM.
         together: chunks of one grid step, at most; fewer where they do not fit VMEM.
+        vmem_bytes: of VMEM that a kernel may take. Default: by the chip that is traced for.
     """
 
     heads: int = 4
     together: int = 4
+    vmem_bytes: int = dataclasses.field(default_factory=vmem_here)
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
@@ -87,15 +88,15 @@ def gated_delta_rule(
     config = TuningConfig() if config is None else config
     check_arrays(q, k, v)
     tiling = tiling_for(config, q, k, v)
-    if (taken := vmem_bytes(tiling)) > VMEM_BUDGET:
+    budget = buffer_bytes(config.vmem_bytes)
+    if (taken := vmem_bytes(tiling)) > budget:
         raise NotImplementedError(
             f"heads of {q.shape[-1]} and {v.shape[-1]} features take {taken} bytes of VMEM: the "
-            f"TPU kernels have {VMEM_BUDGET}; XLA's form takes heads of any size"
+            f"TPU kernels have {budget}; XLA's form takes heads of any size"
         )
     refuse_automatic_axes()
     gates = (x.astype(jnp.float32) for x in (alpha, beta))
-    solve = _ON_CHIPS if simulated_platform() is None else _SIMULATED
-    return solve(config, q, k, v, *gates, memory.astype(jnp.float32))
+    return _differentiable(config, q, k, v, *gates, memory.astype(jnp.float32))
 
 
 def _solve(config, *arguments):
@@ -118,16 +119,7 @@ def _solve_backward(config, residuals, cotangents):
     return distributed(run, given, axes, (*_ARGUMENTS, _STATE), automatic=False)
 
 
-def _differentiable(*, optimize_remat: bool) -> Callable:
-    solve = jax.custom_vjp(_solve, nondiff_argnums=(0,))
-    solve.defvjp(_solve_forward, _solve_backward, optimize_remat=optimize_remat)
-    return solve
-
-
-# Rematerialised, the forward pass keeps no states, which nobody would read. JAX 0.11 cannot do that
-# to a simulation, which has effects.
-_ON_CHIPS = _differentiable(optimize_remat=True)
-_SIMULATED = _differentiable(optimize_remat=False)
+_differentiable = with_residuals(_solve, _solve_forward, _solve_backward)
 
 
 def forward(
@@ -212,7 +204,8 @@ def tiling_for(config: TuningConfig, q: Array, k: Array, v: Array) -> Tiling:
         if heads % at_a_time == 0
         for together in range(min(config.together, smallest.chunks), 0, -1)
     )
-    return next((tiling for tiling in tilings if vmem_bytes(tiling) <= VMEM_BUDGET), smallest)
+    budget = buffer_bytes(config.vmem_bytes)
+    return next((tiling for tiling in tilings if vmem_bytes(tiling) <= budget), smallest)
 
 
 def vmem_bytes(tiling: Tiling) -> int:
@@ -226,7 +219,7 @@ def vmem_bytes(tiling: Tiling) -> int:
 
 def _call(config, q, k, v) -> tuple[Call, Tiling]:
     tiling = tiling_for(config, q, k, v)
-    return Call(tiling, q.shape[0], q.shape[2]), tiling
+    return Call(tiling, q.shape[0], q.shape[2], config.vmem_bytes), tiling
 
 
 def _tokens(call: Call, x: Array):

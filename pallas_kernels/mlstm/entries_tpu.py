@@ -2,6 +2,8 @@
 
 import functools
 
+import jax.numpy as jnp
+
 from pallas_kernels.catalogue import Budget, Entry
 from pallas_kernels.mlstm.gradient import Options
 from pallas_kernels.mlstm.mosaic_tpu import backward, forward, tilings
@@ -16,77 +18,85 @@ from pallas_kernels.mlstm.reference_tpu import (
     V,
     as_it_lies,
     by_head,
-    chips_by_cores,
     entry,
     heads_of_inputs,
     struct,
+    tpus,
 )
-from pallas_kernels.mlstm.tuning_tpu import TuningConfig
+from pallas_kernels.mlstm.tuning_tpu import TuningConfig, vmem_of
 from pallas_kernels.targets import Chip
-
-_OPTIONS = Options(CHUNK, True, True, TuningConfig())
 
 _GATES = struct(HEADS, TIME // CHUNK, 8, CHUNK)
 _DGATES = struct(HEADS, TIME // CHUNK, 4, CHUNK)
 _CARRY = struct(HEADS, TIME // CHUNK)
 _STATE = MEMORY, struct(HEADS, Q_DIM)
-_INPUTS = Q, Q, V, _GATES, _CARRY, *_STATE
+_STATES = (
+    struct(HEADS, TIME // CHUNK, Q_DIM, V_DIM, dtype=jnp.bfloat16),
+    struct(HEADS, TIME // CHUNK, 1, Q_DIM),
+)
+_INPUTS = Q, Q, V, _GATES, _CARRY
 
 
-def _forward(q, k, v, *others):
-    h, *state = forward(_OPTIONS, *map(by_head, (q, k, v)), *others)
+def _forward(options, q, k, v, *others, keep):
+    h, *state = forward(options, *map(by_head, (q, k, v)), *others, keep=keep)
     return as_it_lies(h), *state
 
 
-def _backward(q, k, v, gates, carry, memory, normalizer, dh, *dstate):
+def _backward(options, q, k, v, gates, carry, memories, normalizers, dh, *dstate):
     q, k, v, dh = map(by_head, (q, k, v, dh))
     *dx, drows, dcarry, dmemory, dnormalizer = backward(
-        _OPTIONS, q, k, v, gates, carry, memory, normalizer, dh, *dstate
+        options, q, k, v, gates, carry, memories, normalizers, dh, *dstate
     )
     return *map(as_it_lies, dx), drows, dcarry, dmemory, dnormalizer
 
 
-def _budget(chip: Chip, floor_chips: tuple[str, ...]) -> Budget:
-    """Twice the time of the bytes that are moved, and on some chips twice the floor.
+def _budget(chip: Chip) -> Budget:
+    """Twice the time of the bytes that are moved, which are no more than must be.
 
     Spilled registers are not bounded: with eight heads at a time there are some, which cost no more
-    than their loads and stores, and these are in the schedule whose time is bounded. Nor are bytes:
-    the backward pass writes states between the chunks, and reads them.
+    than their loads and stores, and these are in the schedule whose time is bounded.
     """
     return Budget(
         spill=None,
-        bytes_ratio=None,
+        bytes_ratio=1.01,
         issue_ratio=2.0,
-        floor_ratio=2.0 if chip.name in floor_chips else None,
-        vmem_bytes=chip.vmem_limit_bytes,
+        floor_ratio=2.0,
+        vmem_bytes=vmem_of(chip.vmem_bytes),
     )
 
 
-def _entries(chips: tuple[str, ...]) -> tuple[Entry, Entry]:
-    shared = {"tilings": tilings(_OPTIONS, *heads_of_inputs()), "chips": chips}
+def _entries(chip: Chip) -> tuple[Entry, ...]:
+    config = TuningConfig(vmem_bytes=vmem_of(chip.vmem_bytes))
+    options = Options(CHUNK, True, True, config)
+
+    def of_mlstm(name, function, arguments, results, per_token, **static):
+        return entry(
+            f"mlstm/{name}",
+            functools.partial(function, options, **static),
+            arguments,
+            results,
+            per_token=per_token,
+            tilings=tilings(options, *heads_of_inputs()),
+            chip=chip,
+            budget=_budget(chip),
+        )
+
     state = Q_DIM * V_DIM
+    forwards = _forward, (*_INPUTS, *_STATE)
+    per_token = CHUNK * (Q_DIM + V_DIM) + 2 * state
     return (
-        entry(
-            "mlstm/forward",
-            _forward,
-            _INPUTS,
-            (V, *_STATE),
-            per_token=CHUNK * (Q_DIM + V_DIM) + 2 * state,
-            budget=functools.partial(_budget, floor_chips=chips),
-            **shared,
-        ),
-        entry(
-            "mlstm/backward",
+        of_mlstm("forward", *forwards, (V, *_STATE), per_token, keep=False),
+        of_mlstm("forward_keeping", *forwards, (V, *_STATE, *_STATES), per_token, keep=True),
+        of_mlstm(
+            "backward",
             _backward,
-            (*_INPUTS, V, *_STATE),
+            (*_INPUTS, *_STATES, V, *_STATE),
             (Q, Q, V, _DGATES, _CARRY, *_STATE),
-            per_token=CHUNK * (3 * Q_DIM + 2 * V_DIM) + 5 * state,
-            budget=functools.partial(_budget, floor_chips=("v5e", "v5p", "v6e")),
-            **shared,
+            CHUNK * (3 * Q_DIM + 2 * V_DIM) + 4 * state,
         ),
     )
 
 
 def entries() -> tuple[Entry, ...]:
-    """Forward and backward, for chips of one core and of two that divide the grid."""
-    return tuple(entry for chips in chips_by_cores() for entry in _entries(chips))
+    """Forward and backward, for every TPU."""
+    return tuple(entry for chip in tpus() for entry in _entries(chip))

@@ -217,7 +217,7 @@ chunkwise = entry_point(
     backward,
     chunk_lengths,
     check,
-    TuningConfig(),
+    TuningConfig,
     automatic=True,
     on_device=on_device,
 )

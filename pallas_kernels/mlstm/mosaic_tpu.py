@@ -1,11 +1,11 @@
-"""Chunkwise mLSTM for TPUs (Mosaic TPU): one kernel forward, two backward.
+"""Chunkwise mLSTM for TPUs (Mosaic TPU): one kernel forward, one backward.
 
 q, k, v and h are read and written as they lie, [B, T, H, D], which a projection hands over without
 a copy: a program has some of the heads of one row of the batch, and walks over its chunks with
 their memories C in VMEM. The grid is (batch, groups of heads, chunks); the first two axes are
-independent, so chips of two cores divide them. The forward pass writes nothing but outputs. The
-backward pass has a kernel that writes the state before each chunk, in q's dtype where that has 16
-bits, and one that walks from the last chunk to the first with the cotangent of C in VMEM.
+independent, so chips of two cores divide them. Where a gradient will be wanted the forward pass
+also writes the state before each chunk, C in the dtype of the products' operands; the backward pass
+reads it, from the last chunk to the first, with the cotangent of C in VMEM.
 
 What costs extra, all of it outside the kernels, in XLA:
     Dk or Dv not a multiple of 128    padding copies, and products with the zeros
@@ -36,13 +36,20 @@ from pallas_kernels.mlstm.mosaic_tpu_calls import (
     pad,
     padded,
     plan_for,
-    states_bytes,
 )
 from pallas_kernels.mlstm.mosaic_tpu_chunk import Plan, Tiling
-from pallas_kernels.mlstm.mosaic_tpu_kernels import forward_kernel, states_kernel
-from pallas_kernels.mlstm.tuning_tpu import LANES, VMEM_BUDGET, TuningConfig
+from pallas_kernels.mlstm.mosaic_tpu_kernels import forward_kernel
+from pallas_kernels.mlstm.tuning_tpu import LANES, TuningConfig, buffer_bytes
 
 Array = jax.Array
+
+# Kernels by name, no name part of another, and what they take of VMEM.
+_FORWARD, _KEEPING, _BACKWARD = "mlstm_forward", "mlstm_keeping_forward", "mlstm_backward"
+_VMEM_BYTES = {
+    _FORWARD: functools.partial(forward_bytes, keep=False),
+    _KEEPING: functools.partial(forward_bytes, keep=True),
+    _BACKWARD: backward_bytes,
+}
 
 
 def chunk_lengths(
@@ -59,7 +66,7 @@ def chunk_lengths(
         dtype: of q, k and v.
         config: tiling, which has a longest chunk.
     """
-    length = LANES
+    length, budget = LANES, buffer_bytes(config.vmem_bytes)
     longest = min(config.longest_chunk, chunk_size, pl.cdiv(time, LANES) * LANES)
     dtype = jnp.dtype(jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32)
 
@@ -67,7 +74,7 @@ def chunk_lengths(
         sizes = {"chunk": length, "q_dim": padded(q_dim), "v_dim": padded(v_dim)}
         return backward_bytes(Tiling(heads=1, chunks=1, together=1, dtype=dtype, **sizes))
 
-    while 2 * length <= longest and taken(2 * length) <= VMEM_BUDGET:
+    while 2 * length <= longest and taken(2 * length) <= budget:
         length *= 2
     return length, length
 
@@ -77,11 +84,12 @@ def check(options: Any, q: Array, k: Array, v: Array) -> None:
     check_arrays(q, k, v)
     if options.chunk % LANES:
         raise NotImplementedError(f"{options.chunk=}: the TPU kernels take multiples of {LANES}")
-    plan = tilings(options, q, k, v)["mlstm_backward"]
-    if (taken := backward_bytes(plan)) > VMEM_BUDGET:
+    plan = tiling(_BACKWARD, options, q, k, v)
+    budget = buffer_bytes(options.config.vmem_bytes)
+    if (taken := backward_bytes(plan)) > budget:
         raise NotImplementedError(
             f"heads of {q.shape[-1]} and {v.shape[-1]} features in chunks of {plan.chunk} take "
-            f"{taken} bytes of VMEM: the TPU kernels have {VMEM_BUDGET}"
+            f"{taken} bytes of VMEM: the TPU kernels have {budget}"
         )
 
 
@@ -94,7 +102,9 @@ def forward(
     carry: Array,
     memory: Array,
     normalizer: Array,
-) -> tuple[Array, Array, Array]:
+    *,
+    keep: bool = False,
+) -> tuple[Array, ...]:
     """Outputs of an mLSTM, and its state after the last token.
 
     Args:
@@ -103,24 +113,27 @@ def forward(
         v: [B, T, H, Dv], likewise.
         gates, carry: [B, H, N, 8, L] and [B, H, N], of `pallas_kernels.mlstm.gates`.
         memory, normalizer: [B, H, Dk, Dv] and [B, H, Dk] before the first token.
+        keep: whether to return what `backward` reads.
 
     Returns:
-        h like v; memory and normalizer after the last token, float32.
+        h like v; memory and normalizer after the last token, float32; with `keep` those before
+        every chunk, as `backward` takes them.
 
     Raises:
         NotImplementedError: see `check`.
     """
     check(options, q, k, v)
-    plan = tilings(options, q, k, v)["mlstm_forward"]
-    call = Call(plan, *carry.shape[:2])
+    name = _KEEPING if keep else _FORWARD
+    plan = tiling(name, options, q, k, v)
+    call = Call(plan, *carry.shape[:2], options.config.vmem_bytes)
     flat = functools.partial(flatten, dtype=plan.dtype)
     state = (
         (pad(memory, 2), call.state(plan.q_dim, plan.v_dim)),
         (pad(normalizer[:, :, None], 1), call.state(1, plan.q_dim)),
     )
     values = flat(v), call.tokens(plan.v_dim)
-    h, memory, normalizer = call.run(
-        "mlstm_forward",
+    h, memory, normalizer, *states = call.run(
+        name,
         functools.partial(forward_kernel, plan),
         inputs=[
             (call.flat_carry(carry), call.carry()),
@@ -129,7 +142,7 @@ def forward(
             (gates, call.per_chunk(8, plan.chunk)),
             *state,
         ],
-        outputs=[values, *state],
+        outputs=[values, *state, *(_states(call) if keep else ())],
         scratch=[
             pltpu.VMEM((plan.heads, plan.q_dim, plan.v_dim), plan.dtype),
             pltpu.VMEM((plan.heads, plan.chunk, LANES), jnp.float32),
@@ -138,7 +151,7 @@ def forward(
         products=(1, 1, 2),
         exponentials=plan.chunk,
     )
-    return heads_of(h, v), *cut_state(memory, normalizer, q, v)
+    return heads_of(h, v), *cut_state(memory, normalizer, q, v), *states
 
 
 def backward(
@@ -148,13 +161,19 @@ def backward(
     v: Array,
     gates: Array,
     carry: Array,
-    memory: Array,
-    normalizer: Array,
+    memories: Array,
+    normalizers: Array,
     dh: Array,
     dmemory: Array,
     dnormalizer: Array,
 ) -> tuple[Array, ...]:
     """Cotangents of the arguments of `forward`, from those of its results.
+
+    Args:
+        options, q, k, v, gates, carry: as in `forward`.
+        memories, normalizers: before every chunk, padded, [B, H, N, Dk, Dv] in the dtype of the
+            products' operands and [B, H, N, 1, Dk] in float32.
+        dh, dmemory, dnormalizer: cotangents of what `forward` returns.
 
     Returns:
         dq, dk, dv like q, k, v; dgates [B, H, N, 4, L] (`pallas_kernels.mlstm.gates`), that of log
@@ -164,11 +183,11 @@ def backward(
         NotImplementedError: see `check`.
     """
     check(options, q, k, v)
-    states, sums = _states(options, q, k, v, gates, carry, memory, normalizer)
-    plan = tilings(options, q, k, v)["mlstm_backward"]
-    call = Call(plan, *carry.shape[:2], last_first=True)
+    plan = tiling(_BACKWARD, options, q, k, v)
+    call = Call(plan, *carry.shape[:2], options.config.vmem_bytes, last_first=True)
     sizes = (plan.q_dim, plan.v_dim), (1, plan.q_dim)
     q_in, k_in, v_in, dh_in = (flatten(x, plan.dtype) for x in (q, k, v, dh))
+    states = memories, normalizers
 
     def body(carry, *refs):
         refs = iter(refs)
@@ -184,15 +203,14 @@ def backward(
         (pad(dnormalizer[:, :, None], 1), call.state(*sizes[1])),
     )
     dq, dk, dv, dgates, dcarry, dmemory, dnormalizer = call.run(
-        "mlstm_backward",
+        _BACKWARD,
         body,
         inputs=[
             (call.flat_carry(carry), call.carry()),
             *(query, key, value),
             (gates, call.per_chunk(8, plan.chunk)),
             (dh_in, call.tokens(plan.v_dim)),
-            (states, call.per_chunk(*sizes[0])),
-            (sums, call.per_chunk(*sizes[1])),
+            *((x, spec) for x, (_, spec) in zip(states, _states(call), strict=True)),
             *dstate,
         ],
         outputs=[
@@ -226,40 +244,25 @@ def backward(
     )
 
 
+def tiling(name: str, options: Any, q: Array, k: Array, v: Array) -> Plan:
+    """How a kernel cuts its work up."""
+    return plan_for(options, q, k, v, _VMEM_BYTES[name])
+
+
 def tilings(options: Any, q: Array, k: Array, v: Array) -> dict[str, Plan]:
     """How each kernel cuts its work up, by its name."""
-    taken = {"forward": forward_bytes, "states": states_bytes, "backward": backward_bytes}
-    return {f"mlstm_{name}": plan_for(options, q, k, v, taken[name]) for name in taken}
+    return {name: tiling(name, options, q, k, v) for name in _VMEM_BYTES}
 
 
-def _states(options, q, k, v, gates, carry, memory, normalizer) -> tuple[Array, Array]:
-    """C and n before every chunk, padded; C in the dtype of the products' operands."""
-    plan = tilings(options, q, k, v)["mlstm_states"]
-    call = Call(plan, *carry.shape[:2])
+def _states(call: Call) -> tuple:
+    """Outputs that are the states before every chunk."""
+    plan = call.plan
     sizes = (plan.q_dim, plan.v_dim), (1, plan.q_dim)
-    states, sums = call.run(
-        "mlstm_states",
-        functools.partial(states_kernel, plan),
-        inputs=[
-            (call.flat_carry(carry), call.carry()),
-            (flatten(k, plan.dtype), call.tokens(plan.q_dim)),
-            (flatten(v, plan.dtype), call.tokens(plan.v_dim)),
-            (gates, call.per_chunk(8, plan.chunk)),
-            (pad(memory, 2), call.state(*sizes[0])),
-            (pad(normalizer[:, :, None], 1), call.state(*sizes[1])),
-        ],
-        outputs=[
-            (call.struct(*sizes[0], dtype=plan.dtype), call.per_chunk(*sizes[0])),
-            (call.struct(*sizes[1]), call.per_chunk(*sizes[1])),
-        ],
-        scratch=[
-            *(pltpu.VMEM((plan.heads, *size), jnp.float32) for size in sizes),
-            pltpu.VMEM((plan.heads, *sizes[0]), plan.dtype),
-        ],
-        products=(0, 0, 1),
-        exponentials=plan.chunk,
+    dtypes = plan.dtype, jnp.float32
+    return tuple(
+        (call.struct(*size, dtype=dtype), call.per_chunk(*size))
+        for size, dtype in zip(sizes, dtypes, strict=True)
     )
-    return states, sums
 
 
 # The compiler of TPUs cannot split a kernel by itself.
@@ -269,5 +272,11 @@ def _check_passes(passes: Any, q: Array, k: Array, v: Array) -> None:
 
 
 chunkwise = entry_point(
-    forward, backward, chunk_lengths, _check_passes, TuningConfig(), automatic=False
+    forward,
+    backward,
+    chunk_lengths,
+    _check_passes,
+    TuningConfig,
+    automatic=False,
+    keeping=functools.partial(forward, keep=True),
 )

@@ -23,7 +23,6 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.mlstm.gates import D_COLUMN, D_KEPT, D_OWN, D_ROW, FLOOR, KEPT, RECALL
 from pallas_kernels.mlstm.mosaic_tpu_chunk import (
-    AT_A_TIME,
     CHUNK_AXIS,
     PARTS,
     HeadView,
@@ -184,10 +183,10 @@ def _pull_back_rows(rows: slice, x: _Chunk) -> None:
     recall, inverse = gate_row(x.gates, RECALL, rows), gate_row(scratch.rows, _INVERSE, rows)
     through = multiply_rows(stack(x.v[:stop, :], x.memory[...]), x.dh[rows, :])
     total = jnp.zeros_like(inverse)
-    for columns in tiles(stop, AT_A_TIME):
+    for columns in tiles(stop, LANES):
         total += sum_down(scores[columns] * through[columns])
         dscores[columns] = through[columns]
-    for features in tiles(plan.q_dim, AT_A_TIME):
+    for features in tiles(plan.q_dim, LANES):
         through_memory = through[stop + features.start : stop + features.stop]
         recalled[features] = through_memory
         total += recall * sum_down(turned[features] * through_memory)
@@ -198,7 +197,7 @@ def _pull_back_rows(rows: slice, x: _Chunk) -> None:
 
     drow = jnp.zeros_like(total)
     down = jnp.zeros_like(total)
-    for columns in tiles(stop, AT_A_TIME):
+    for columns in tiles(stop, LANES):
         score, dscore = scores[columns], dscores[columns] * inverse + dd
         scratch.scores[columns, rows] = (score * inverse).astype(plan.dtype)
         scratch.dweights[columns, rows] = (weights[columns] * dscore).astype(plan.dtype)
@@ -225,7 +224,7 @@ def _pull_back_queries(rows: slice, x: _Chunk) -> None:
         dsum = gate_row(scratch.rows, _DSUM, rows)
     inside = multiply(x.k[:stop, :].T, scratch.dweights[:stop, rows])
     drow = x.dgates[D_ROW : D_ROW + 1, rows]
-    for features in tiles(plan.q_dim, AT_A_TIME):
+    for features in tiles(plan.q_dim, LANES):
         dquery = recalled[features] * (recall * inverse)
         if plan.normalized:
             dquery += n_column[features] * dsum

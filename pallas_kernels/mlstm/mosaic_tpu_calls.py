@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mlstm.mosaic_tpu_chunk import Plan, Tiling
-from pallas_kernels.mlstm.tuning_tpu import LANES, VMEM_BUDGET
+from pallas_kernels.mlstm.tuning_tpu import LANES, buffer_bytes
 
 Array = jax.Array
 
@@ -25,12 +25,14 @@ class Call:
     Attributes:
         plan: of the kernels' bodies.
         batch, heads: B, H.
+        vmem_bytes: of VMEM that a kernel may take.
         last_first: whether chunks come from the last to the first.
     """
 
     plan: Tiling
     batch: int
     heads: int
+    vmem_bytes: int
     last_first: bool = False
 
     def _at(self, step):
@@ -103,7 +105,8 @@ class Call:
             out_shape=structs,
             scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary")
+                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                vmem_limit_bytes=self.vmem_bytes,
             ),
             cost_estimate=pl.CostEstimate(
                 flops=2 * tokens * per_token,
@@ -142,7 +145,7 @@ def plan_for(
 
     Args:
         options, q, k, v: as the passes have them.
-        vmem_bytes: of the kernel: `forward_bytes`, `states_bytes` or `backward_bytes`.
+        vmem_bytes: of the kernel: `forward_bytes` or `backward_bytes`.
     """
     config, heads = options.config, q.shape[2]
     narrow = all(x.dtype == jnp.bfloat16 for x in (q, k, v))
@@ -163,20 +166,17 @@ def plan_for(
         if heads % heads_ == 0
         for together in range(max(1, min(config.tokens // options.chunk, smallest.chunks)), 0, -1)
     ]
-    return next((plan for plan in plans if vmem_bytes(plan) <= VMEM_BUDGET), smallest)
+    budget = buffer_bytes(config.vmem_bytes)
+    return next((plan for plan in plans if vmem_bytes(plan) <= budget), smallest)
 
 
-def forward_bytes(plan: Tiling) -> int:
-    """VMEM of the kernel of outputs."""
+def forward_bytes(plan: Tiling, *, keep: bool) -> int:
+    """VMEM of the kernel of outputs, which may keep the states before chunks."""
     moved = plan.chunk * 2 * (plan.q_dim + plan.v_dim) * plan.dtype.itemsize
+    if keep:
+        moved += plan.q_dim * plan.v_dim * plan.dtype.itemsize + 8 * plan.q_dim * 4
     scratch = (plan.chunk * 4 + (plan.chunk + plan.q_dim) * plan.dtype.itemsize) * LANES
     return _bytes(plan, moved, 4, scratch)
-
-
-def states_bytes(plan: Tiling) -> int:
-    """VMEM of the kernel of the states before chunks."""
-    moved = plan.chunk * (plan.q_dim + plan.v_dim) + plan.q_dim * plan.v_dim
-    return _bytes(plan, moved * plan.dtype.itemsize + 8 * plan.q_dim * 4, 3, 0)
 
 
 def backward_bytes(plan: Tiling) -> int:

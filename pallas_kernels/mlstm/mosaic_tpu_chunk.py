@@ -130,8 +130,6 @@ def widen(column: Array, width: int) -> Array:
     return jnp.concatenate([column] * (width // LANES), axis=1)
 
 
-# Rows of a matrix that registers hold at a time.
-AT_A_TIME = 64
 # Rows of `parts`, a register of any dtype.
 PARTS = 16
 
@@ -250,7 +248,7 @@ def read_chunk(
     recall, floor = gate_row(gates, RECALL, rows), gate_row(gates, FLOOR, rows)
     products = multiply_rows(stack(k, n) if plan.normalized else k, q)
     denominator = jnp.zeros_like(recall)
-    for columns in tiles(rows.stop, AT_A_TIME):
+    for columns in tiles(rows.stop, LANES):
         weight = _weights(gates, by_column, rows, columns)
         score = weight * products[columns]
         denominator += sum_down(score)

@@ -15,14 +15,12 @@ They are walked in blocks of 128 rows, each with the columns up to its end. C st
 chunk to chunk, beside a copy in the dtype of the products' operands.
 
 Two numbers, for Dk 128, Dv 256 and chunks of 128 tokens in bfloat16, per token and head: forward
-1,568 bytes and 229,376 operations of products; backward 4,400 bytes (1,024 of them states that the
-first pass writes and the second reads) and 557,056.
+1,600 bytes (2,116 with states kept) and 229,376 operations of products; backward 3,160 and 491,520.
 """
 
 from jax.experimental import pallas as pl
 
 from pallas_kernels.mlstm.mosaic_tpu_chunk import (
-    AT_A_TIME,
     CHUNK_AXIS,
     HeadView,
     as_float,
@@ -41,14 +39,16 @@ from pallas_kernels.mlstm.tuning_tpu import LANES
 
 
 def forward_kernel(
-    plan, carry, q, k, v, gates, memory0, normalizer0, h, memory, normalizer, rounded, scores, reads
+    plan, carry, q, k, v, gates, memory0, normalizer0, h, memory, normalizer, *kept_and_scratch
 ):
     """Outputs of a chunk.
 
-    `memory` and `normalizer` are the state so far, in the end the last. Scratch, for each head:
-    `rounded` is C in the dtype of the products' operands; of a block of rows, `scores` is S and
-    `reads` what h is a product of, both [columns, rows].
+    `memory` and `normalizer` are the state so far, in the end the last; what is kept, if anything,
+    are those before each chunk. Scratch, for each head: `rounded` is C in the dtype of the
+    products' operands; of a block of rows, `scores` is S and `reads` what h is a product of, both
+    [columns, rows].
     """
+    *kept, rounded, scores, reads = kept_and_scratch
 
     @pl.when(pl.program_id(CHUNK_AXIS) == 0)
     def _():
@@ -65,6 +65,8 @@ def forward_kernel(
         queries, keys = (HeadView(plan, x, place, head, plan.q_dim) for x in (q, k))
         values, outputs = (HeadView(plan, x, place, head, plan.v_dim) for x in (v, h))
         state, sums, copy = memory.at[0, head], normalizer.at[0, head], rounded.at[head]
+        for before, ref in zip(kept, (copy, sums), strict=False):
+            before[0, head, place] = ref[...]
         n = exact_parts(sums[...], plan.dtype)
         for rows in tiles(plan.chunk, LANES):
             query, stop = queries[rows, :], rows.stop
@@ -73,7 +75,7 @@ def forward_kernel(
             )
             yield
             # What a row reads of the chunk and of the memory, in one product.
-            for columns in tiles(stop, AT_A_TIME):
+            for columns in tiles(stop, LANES):
                 weighed = scores[head, columns] * read.inverse
                 reads[head, columns] = weighed.astype(plan.dtype)
             weighed = as_float(query.T) * (read.recall * read.inverse)
@@ -86,27 +88,3 @@ def forward_kernel(
         write_chunk(plan, of_head, factor, keys[:, :], values, state, sums, copy)
 
     walk_chunks(plan, False, read_and_write)
-
-
-def states_kernel(
-    plan, carry, k, v, gates, memory0, normalizer0, states, sums, memory, normalizer, rounded
-):
-    """The states before each chunk; `memory`, `normalizer` and `rounded` are scratch."""
-
-    @pl.when(pl.program_id(CHUNK_AXIS) == 0)
-    def _():
-        memory[...] = memory0[0]
-        rounded[...] = memory0[0].astype(plan.dtype)
-        normalizer[...] = normalizer0[0]
-
-    def write_all(place, chunk):
-        for head in range(plan.heads):
-            states[0, head, place] = rounded[head]
-            sums[0, head, place] = normalizer[head]
-            keys = HeadView(plan, k, place, head, plan.q_dim)
-            values = HeadView(plan, v, place, head, plan.v_dim)
-            factor = carry_of(plan, carry, head, chunk)
-            state = memory.at[head], normalizer.at[head], rounded.at[head]
-            write_chunk(plan, gates[0, head, place], factor, keys[:, :], values, *state)
-
-    walk_chunks(plan, False, write_all)

@@ -46,16 +46,17 @@ def entry(
     *,
     per_token: int,
     tilings: dict[str, Tiling],
-    chips: tuple[str, ...],
-    budget: Callable[[Chip], Budget],
+    chip: Chip,
+    budget: Budget,
 ) -> Entry:
-    """Return an entry for chips of the same number of cores.
+    """Return an entry for a chip.
 
     Args:
-        name, function, arguments, chips, budget: as `Entry` has them; one tuning serves all chips.
+        name, function, arguments, budget: as `Entry` has them.
         results: shapes and dtypes of what is written.
         per_token: multiplications of matrix products for each token and head.
         tilings: as `launches` takes them.
+        chip: for whose VMEM the kernels are tiled.
     """
     return Entry(
         name=name,
@@ -63,9 +64,9 @@ def entry(
         build=lambda _: (function, arguments),
         bytes_minimum=sum(x.size * x.dtype.itemsize for x in (*arguments, *results)),
         matrix_flops=2 * BATCH * TIME * HEADS * per_token,
-        launches=launches(tilings, BATCH * HEADS, CHIPS[chips[0]].cores),
-        chips=chips,
-        budget=budget,
+        launches=launches(tilings, BATCH * HEADS, chip.cores),
+        chips=(chip.name,),
+        budget=lambda _: budget,
     )
 
 
@@ -90,10 +91,6 @@ def launches(tilings: dict[str, Tiling], heads: int, cores: int) -> tuple[Launch
     return tuple(launch(*item) for item in tilings.items())
 
 
-def chips_by_cores() -> list[tuple[str, ...]]:
-    """Return the names of TPUs of one core, and of two that divide the grid."""
-    by_cores: dict[int, tuple[str, ...]] = {}
-    for chip in CHIPS.values():
-        if chip.platform == "tpu":
-            by_cores[chip.cores] = (*by_cores.get(chip.cores, ()), chip.name)
-    return list(by_cores.values())
+def tpus() -> list[Chip]:
+    """Return the TPUs that there are kernels for."""
+    return [chip for chip in CHIPS.values() if chip.platform == "tpu"]

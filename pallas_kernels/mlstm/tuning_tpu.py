@@ -2,11 +2,36 @@
 
 import dataclasses
 
-# What a kernel's buffers may take together, in bytes: below the 16 MiB that the compiler grants a
-# kernel by default, with room for what does not fit registers.
-VMEM_BUDGET = 13 * 1024 * 1024
+from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
+MIB = 1024 * 1024
+
+
+def vmem_of(capacity: int) -> int:
+    """Return what a kernel may take where there are `capacity` bytes of VMEM.
+
+    Half of it, as XLA has use for the rest, and not more than 32 MiB, which v6e and tpu7x grant by
+    default; but 16 MiB, which every TPU grants, v4 all that it has.
+    """
+    return max(16 * MIB, min(32 * MIB, capacity // 2))
+
+
+def vmem_here() -> int:
+    """Return the same for the chip that is traced for; where that is no TPU, as for the smallest.
+
+    There a kernel can only be simulated.
+    """
+    try:
+        chip = pltpu.get_tpu_info()
+    except ValueError:
+        return vmem_of(0)
+    return vmem_of(chip.vmem_capacity_bytes)
+
+
+def buffer_bytes(vmem_bytes: int) -> int:
+    """Return what a kernel's buffers may take together; the rest is for what fits no register."""
+    return vmem_bytes * 13 // 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,16 +45,19 @@ class TuningConfig:
         longest_chunk: tokens of a chunk at most: 128, 256 or 512. Longer ones write fewer states,
             and are predicted to take longer on every chip.
         columns: columns of a product's result that are held at a time, a multiple of 128.
+        vmem_bytes: of VMEM that a kernel may take. Default: by the chip that is traced for.
     """
 
     heads: int = 8
     tokens: int = 512
     longest_chunk: int = 128
     columns: int = 256
+    vmem_bytes: int = dataclasses.field(default_factory=vmem_here)
 
     def __post_init__(self):
-        if self.heads < 1:
-            raise ValueError(f"heads={self.heads}: must be at least 1")
+        for name in ("heads", "vmem_bytes"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
         if self.tokens < LANES:
             raise ValueError(f"tokens={self.tokens}: must be at least {LANES}")
         if self.longest_chunk not in (128, 256, 512):

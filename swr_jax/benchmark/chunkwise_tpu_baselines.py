@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels import targets
 from pallas_kernels.mlstm.mosaic_tpu_chunk import Tiling
 from pallas_kernels.mlstm.reference_tpu import launches
+from pallas_kernels.mlstm.tuning_tpu import vmem_of
 
 TOKENS, HEADS, Q_DIM, V_DIM = 65536, 16, 128, 256
 LENGTHS = (2048, 8192, 65536)
@@ -33,7 +34,8 @@ class Operator(NamedTuple):
         rule: takes an implementation, q and k [B, T, H, Dk], v [B, T, H, Dv], two gates [B, T, H]
             and the first state to outputs and last state.
         state: takes the shape and dtype of the first state's memory [B, H, Dk, Dv] to that state.
-        tilings: takes q, k and v to how each kernel cuts the work up, by its name or a part of it.
+        tilings: takes the VMEM that a kernel may take, q, k and v to how each kernel cuts the work
+            up, by its name or a part of it.
     """
 
     rule: Callable
@@ -72,8 +74,10 @@ def _program(operator: Operator, contestant: str, mode: str) -> Callable:
 
 
 def _launches(operator: Operator, chip: str, *qkv: jax.ShapeDtypeStruct) -> tuple:
-    tilings = operator.tilings(*(jax.eval_shape(_by_head, x) for x in qkv))
-    return launches(tilings, qkv[0].shape[0] * HEADS, targets.CHIPS[chip].cores)
+    chip = targets.CHIPS[chip]
+    by_head = (jax.eval_shape(_by_head, x) for x in qkv)
+    tilings = operator.tilings(vmem_of(chip.vmem_bytes), *by_head)
+    return launches(tilings, qkv[0].shape[0] * HEADS, chip.cores)
 
 
 def predict(operator: Operator, chip: str, contestant: str) -> Iterator[dict]:

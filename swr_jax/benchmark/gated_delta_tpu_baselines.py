@@ -1,6 +1,9 @@
 """The gated delta rule: XLA's chunks have 64 tokens, eight of them prepared together."""
 
+import jax
+
 from pallas_kernels.gated_delta.mosaic_tpu import TuningConfig, tiling_for
+from pallas_kernels.mlstm.mosaic_tpu_chunk import Tiling
 from swr_jax.benchmark import chunkwise_tpu_baselines as chunkwise
 from swr_jax.ops import gated_delta_chunk, gated_delta_evaluation
 
@@ -14,8 +17,12 @@ def _rule(implementation: str, *arrays):
     return gated_delta_evaluation.evaluate(implementation, *arrays, chunk_size=_CHUNK)
 
 
+def _tilings(vmem_bytes: int, *qkv: jax.ShapeDtypeStruct) -> dict[str, Tiling]:
+    return {"gated_delta": tiling_for(TuningConfig(vmem_bytes=vmem_bytes), *qkv)}
+
+
 OPERATOR = chunkwise.Operator(
     rule=_rule,
     state=lambda memory: memory,
-    tilings=lambda *qkv: {"gated_delta": tiling_for(TuningConfig(), *qkv)},
+    tilings=_tilings,
 )

@@ -1,12 +1,11 @@
 """The mLSTM with exponential gates, normalised, in chunks of 128 tokens."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mlstm.gradient import Options
 from pallas_kernels.mlstm.mosaic_tpu import tilings
+from pallas_kernels.mlstm.mosaic_tpu_chunk import Tiling
 from pallas_kernels.mlstm.tuning_tpu import TuningConfig
 from swr_jax.benchmark import chunkwise_tpu_baselines as chunkwise
 from swr_jax.ops import mlstm_chunkwise, mlstm_evaluation
@@ -24,8 +23,13 @@ def _state(memory: jax.ShapeDtypeStruct) -> mlstm_chunkwise.State:
     return mlstm_chunkwise.State(memory, *(memory.update(shape=shape) for shape in shapes))
 
 
+def _tilings(vmem_bytes: int, *qkv: jax.ShapeDtypeStruct) -> dict[str, Tiling]:
+    config = TuningConfig(vmem_bytes=vmem_bytes)
+    return tilings(Options(_CHUNK, True, True, config), *qkv)
+
+
 OPERATOR = chunkwise.Operator(
     rule=_rule,
     state=_state,
-    tilings=functools.partial(tilings, Options(_CHUNK, True, True, TuningConfig())),
+    tilings=_tilings,
 )

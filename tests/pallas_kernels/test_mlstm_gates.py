@@ -27,7 +27,7 @@ def plain_passes(monkeypatch):
         mlstm_passes.backward,
         lambda chunk_size, *_: (2 * chunk_size, chunk_size),
         lambda *_: None,
-        default=None,
+        default=lambda: None,
         automatic=True,
     )
 

@@ -51,13 +51,27 @@ def shapes(batch, time, heads, q_dim, v_dim, dtype, sharding=lambda *_: None):
 )
 def test_any_shape_compiles(chip, shape, options):
     program = targets.compile_program(chip, functools.partial(both, **options), *shapes(*shape))
-    assert len(program.kernels) == 3
+    assert len(program.kernels) == 2
 
 
 def test_compiles_where_64_bits_are_enabled():
     with jax.enable_x64(True):
         program = targets.compile_program("v5e", both, *shapes(1, 256, 2, 128, 128, jnp.bfloat16))
-    assert len(program.kernels) == 3
+    assert len(program.kernels) == 2
+
+
+def test_rematerialised_the_forward_pass_keeps_no_states():
+    """Which would be written, and read by nobody; they are kept by the one that is repeated."""
+
+    def gradients(*arguments):
+        *arguments, dh, dstate = arguments
+        function = functools.partial(chunkwise, chunk_size=128, stabilized=True, normalized=True)
+        results, pull = jax.vjp(jax.checkpoint(function), *arguments)
+        return results, pull((dh, dstate))
+
+    program = targets.compile_program("v5e", gradients, *shapes(1, 256, 2, 128, 128, jnp.bfloat16))
+    names = ["mlstm_backward", "mlstm_forward", "mlstm_keeping_forward"]
+    assert [name.split(".")[0] for name in sorted(program.kernels)] == names
 
 
 def test_over_a_mesh_nothing_is_communicated():
@@ -72,5 +86,5 @@ def test_over_a_mesh_nothing_is_communicated():
         program = targets.compile_program(
             "v5e", both, *shapes(4, 256, 4, 128, 256, jnp.bfloat16, sharding)
         )
-    assert len(program.kernels) == 3
+    assert len(program.kernels) == 2
     assert not program.collectives
