@@ -5,7 +5,9 @@ import functools
 from pallas_kernels.catalogue import Budget, Entry
 from pallas_kernels.gated_delta.mosaic_tpu import TuningConfig, backward, forward, tiling_for
 from pallas_kernels.gated_delta.mosaic_tpu_chunk import CHUNK
-from pallas_kernels.mlstm.reference_tpu import (
+from pallas_kernels.targets import Chip
+from pallas_kernels.tpu.chip import vmem_of
+from pallas_kernels.tpu.reference import (
     HEADS,
     MEMORY,
     Q_DIM,
@@ -20,8 +22,6 @@ from pallas_kernels.mlstm.reference_tpu import (
     struct,
     tpus,
 )
-from pallas_kernels.mlstm.tuning_tpu import vmem_of
-from pallas_kernels.targets import Chip
 
 _GATE = struct(TIME, HEADS)
 _STATES = struct(HEADS, TIME // CHUNK, Q_DIM, V_DIM)

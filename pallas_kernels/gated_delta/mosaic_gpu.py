@@ -16,7 +16,6 @@ What costs extra, all of it outside the kernels, in XLA:
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from pallas_kernels.gated_delta.mosaic_gpu_cotangents import cotangents
 from pallas_kernels.gated_delta.mosaic_gpu_triangles import triangles
 from pallas_kernels.gated_delta.mosaic_gpu_walk import CHUNK, Walk
 from pallas_kernels.hopper.chip import TILE, check_dtype, fills, multiprocessors_here
+from pallas_kernels.padding import fill_up
 
 Array = jax.Array
 
@@ -172,7 +172,7 @@ class _Call:
     def __init__(self, config: TuningConfig, q, k, v, alpha, beta, *, keep: bool):
         self.q, self.k, self.v = (self.padded(x) for x in (q, k, v))
         batch, time, heads, q_dim = self.q.shape
-        padded = _pad(alpha, [0, CHUNK], 1.0), _pad(beta, [0, CHUNK])
+        padded = fill_up(alpha, {1: CHUNK}, 1.0), fill_up(beta, {1: CHUNK})
         self.gates = gates_of.gates(*padded, CHUNK)
         self.triangles = triangles(self.q, self.k, self.gates, keep=keep)
         walked = Walk(batch, time // CHUNK, heads, q_dim, self.v.shape[-1], groups=1)
@@ -183,7 +183,7 @@ class _Call:
     @staticmethod
     def padded(x: Array) -> Array:
         """Pad to whole chunks, and features to whole tiles."""
-        return _pad(x, [0, CHUNK, 0, TILE])
+        return fill_up(x, {1: CHUNK, 3: TILE})
 
     def arguments(self, values: Array) -> tuple[Array, ...]:
         """What both walks take but for the state, with v or the cotangent of the outputs."""
@@ -191,7 +191,7 @@ class _Call:
 
     def state(self, memory: Array) -> Array:
         """[B, H, Dk, Dv] -> [B H, Dv, Dk], padded."""
-        memory = _pad(memory, [0, 0, TILE, TILE])
+        memory = fill_up(memory, {2: TILE, 3: TILE})
         return jnp.swapaxes(memory, 2, 3).reshape(-1, self.walk.v_dim, self.walk.q_dim)
 
     def memory(self, state: Array, like: Array) -> Array:
@@ -212,12 +212,3 @@ def suited_groups(w: Walk, multiprocessors: int) -> int:
     thread_blocks = w.batch * w.heads * tiles // 2
     filled = fills(thread_blocks, multiprocessors)
     return 2 if tiles % 2 == 0 and wide.slots > 1 and filled else 1
-
-
-def _pad(x: Array, multiples: Sequence[int], fill: float = 0.0) -> Array:
-    """Fill axes up to multiples of these sizes; 0: as it is, and so are axes without one."""
-    widths = [
-        (0, -size % multiple if multiple else 0)
-        for size, multiple in zip(x.shape, [*multiples, 0, 0], strict=False)
-    ]
-    return jnp.pad(x, widths, constant_values=fill) if any(map(sum, widths)) else x

@@ -23,10 +23,19 @@ from jax.experimental import pallas as pl
 from pallas_kernels.distribution import distributed, refuse_automatic_axes
 from pallas_kernels.gated_delta.mosaic_tpu_chunk import CHUNK
 from pallas_kernels.gated_delta.mosaic_tpu_kernels import backward_kernel, forward_kernel
-from pallas_kernels.mlstm.mosaic_tpu_calls import Call, check_arrays, flatten, pad, padded
-from pallas_kernels.mlstm.mosaic_tpu_chunk import Tiling
-from pallas_kernels.mlstm.tuning_tpu import buffer_bytes, vmem_here
+from pallas_kernels.padding import fill_up
 from pallas_kernels.residuals import with_residuals
+from pallas_kernels.tpu.calls import (
+    Call,
+    check_arrays,
+    flatten,
+    heads_of,
+    operand_dtype,
+    pad,
+    padded,
+)
+from pallas_kernels.tpu.chip import buffer_bytes, vmem_here
+from pallas_kernels.tpu.chunks import Tiling, divisors, largest
 
 Array = jax.Array
 
@@ -148,7 +157,7 @@ def forward(
         scratch=[],
         products=(2, 2, 3),
     )
-    return _cut(o, v), _cut_state(memory, q, v), *states
+    return heads_of(o, v), _cut_state(memory, q, v), *states
 
 
 def backward(
@@ -179,7 +188,7 @@ def backward(
     dgates = jnp.moveaxis(dgates, 1, -1).swapaxes(2, 3)  # [B, N, C, 2, H]
     dgates = dgates.reshape(alpha.shape[0], -1, 2, alpha.shape[2])[:, : alpha.shape[1]]
     return (
-        *(_cut(dx, x) for dx, x in ((dq, q), (dk, k), (dv, v))),
+        *(heads_of(dx, x) for dx, x in ((dq, q), (dk, k), (dv, v))),
         *(dgates[:, :, name] for name in range(2)),
         _cut_state(dmemory, q, v),
     )
@@ -188,7 +197,6 @@ def backward(
 def tiling_for(config: TuningConfig, q: Array, k: Array, v: Array) -> Tiling:
     """What the kernels' bodies are specialised for: as much in one grid step as fits."""
     heads = q.shape[2]
-    narrow = all(x.dtype == jnp.bfloat16 for x in (q, k, v))
     smallest = Tiling(
         heads=1,
         chunks=pl.cdiv(q.shape[1], CHUNK),
@@ -196,16 +204,15 @@ def tiling_for(config: TuningConfig, q: Array, k: Array, v: Array) -> Tiling:
         chunk=CHUNK,
         q_dim=padded(q.shape[-1]),
         v_dim=padded(v.shape[-1]),
-        dtype=jnp.dtype(jnp.bfloat16 if narrow else jnp.float32),
+        dtype=operand_dtype(q.dtype, k.dtype, v.dtype),
     )
-    tilings = (
-        dataclasses.replace(smallest, heads=at_a_time, together=together)
-        for at_a_time in range(min(config.heads, heads), 0, -1)
-        if heads % at_a_time == 0
-        for together in range(min(config.together, smallest.chunks), 0, -1)
+    return largest(
+        smallest,
+        divisors(heads, config.heads),
+        range(min(config.together, smallest.chunks), 0, -1),
+        vmem_bytes,
+        buffer_bytes(config.vmem_bytes),
     )
-    budget = buffer_bytes(config.vmem_bytes)
-    return next((tiling for tiling in tilings if vmem_bytes(tiling) <= budget), smallest)
 
 
 def vmem_bytes(tiling: Tiling) -> int:
@@ -223,7 +230,7 @@ def _call(config, q, k, v) -> tuple[Call, Tiling]:
 
 
 def _tokens(call: Call, x: Array):
-    x = _whole_chunks(x)
+    x = fill_up(x, {1: CHUNK})
     return flatten(x, call.plan.dtype), call.tokens(padded(x.shape[-1]))
 
 
@@ -234,24 +241,9 @@ def _states(call: Call):
 
 def _gates(call: Call, alpha: Array, beta: Array):
     """[B, T, H] each -> [B, H, N, 2, C]; padding hands the state on as it is."""
-    gates = jnp.stack([_whole_chunks(alpha, 1.0), _whole_chunks(beta)])
+    gates = jnp.stack([fill_up(alpha, {1: CHUNK}, 1.0), fill_up(beta, {1: CHUNK})])
     gates = gates.reshape(2, call.batch, -1, CHUNK, call.heads)
     return jnp.transpose(gates, (1, 4, 2, 0, 3)), call.per_chunk(2, CHUNK)
-
-
-def _whole_chunks(x: Array, fill: float = 0.0) -> Array:
-    padding = -x.shape[1] % CHUNK
-    if not padding:
-        return x
-    sizes = [(0, padding if axis == 1 else 0) for axis in range(x.ndim)]
-    return jnp.pad(x, sizes, constant_values=fill)
-
-
-def _cut(x: Array, like: Array) -> Array:
-    """Undo `_tokens`."""
-    batch, time, heads, features = like.shape
-    x = x.reshape(batch, -1, heads, padded(features))
-    return x[:, :time, :, :features].astype(like.dtype)
 
 
 def _cut_state(memory: Array, q: Array, v: Array) -> Array:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mlstm.mosaic_tpu_chunk import as_float, dot, multiply_rows, stack, turn_row
-from pallas_kernels.mlstm.tuning_tpu import LANES
+from pallas_kernels.tpu.arithmetic import as_float, dot, multiply_rows, stack, turn_row
+from pallas_kernels.tpu.chip import LANES
 
 Array = jax.Array
 

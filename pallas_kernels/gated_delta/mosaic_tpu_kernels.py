@@ -43,16 +43,9 @@ from pallas_kernels.gated_delta.mosaic_tpu_chunk import (
     product,
     shift_down,
 )
-from pallas_kernels.mlstm.mosaic_tpu_chunk import (
-    CHUNK_AXIS,
-    HeadView,
-    as_float,
-    in_turns,
-    stack,
-    walk_chunks,
-    widen,
-)
-from pallas_kernels.mlstm.tuning_tpu import LANES
+from pallas_kernels.tpu.arithmetic import as_float, stack, widen
+from pallas_kernels.tpu.chip import LANES
+from pallas_kernels.tpu.chunks import CHUNK_AXIS, HeadView, in_turns, walk_chunks
 
 # Axes that a product goes over: of x y, x y^T and x^T y.
 _PLAIN, _ROWS, _COLUMNS = (1, 0), (1, 1), (0, 0)

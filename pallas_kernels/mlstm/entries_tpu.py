@@ -7,7 +7,10 @@ import jax.numpy as jnp
 from pallas_kernels.catalogue import Budget, Entry
 from pallas_kernels.mlstm.gradient import Options
 from pallas_kernels.mlstm.mosaic_tpu import backward, forward, tilings
-from pallas_kernels.mlstm.reference_tpu import (
+from pallas_kernels.mlstm.tuning_tpu import TuningConfig
+from pallas_kernels.targets import Chip
+from pallas_kernels.tpu.chip import vmem_of
+from pallas_kernels.tpu.reference import (
     CHUNK,
     HEADS,
     MEMORY,
@@ -23,8 +26,6 @@ from pallas_kernels.mlstm.reference_tpu import (
     struct,
     tpus,
 )
-from pallas_kernels.mlstm.tuning_tpu import TuningConfig, vmem_of
-from pallas_kernels.targets import Chip
 
 _GATES = struct(HEADS, TIME // CHUNK, 8, CHUNK)
 _DGATES = struct(HEADS, TIME // CHUNK, 4, CHUNK)

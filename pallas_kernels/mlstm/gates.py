@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mlstm.stabilized import finite, last_maximum, lower_bound, sum_after
+from pallas_kernels.padding import fill_up
 
 Array = jax.Array
 
@@ -195,7 +196,7 @@ def _part(x: Array) -> tuple[Array, Array]:
 
 def _cut(x: Array, chunk: int, fill: float) -> Array:
     """[B, T, H] -> [B, H, N, L]."""
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk), (0, 0)], constant_values=fill)
+    x = fill_up(x, {1: chunk}, fill)
     return jnp.moveaxis(x, 1, 2).reshape(x.shape[0], x.shape[2], -1, chunk)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.distribution import distributed
 from pallas_kernels.mlstm.gates import Gates, gradient, prepare
 from pallas_kernels.mlstm.stabilized import inner
+from pallas_kernels.padding import fill_up
 from pallas_kernels.residuals import with_residuals
 
 Array = jax.Array
@@ -77,7 +78,7 @@ def differentiable(
         options = on_device(passes, q, v).forward
         gates = _prepare(options, q, log_i, log_f, stabilizer)
         time = q.shape[1]
-        q, k, v = (_pad(x, options.chunk) for x in (q, k, v))
+        q, k, v = (fill_up(x, {1: options.chunk}) for x in (q, k, v))
         h, memory, normalizer, *states = function(
             options, q, k, v, gates.rows, gates.carry, memory, normalizer
         )
@@ -94,7 +95,7 @@ def differentiable(
         else:
             gates = _prepare(options, q, log_i, log_f, stabilizer)
         time = q.shape[1]
-        q, k, v, dh = (_pad(x, options.chunk) for x in (q, k, v, dh))
+        q, k, v, dh = (fill_up(x, {1: options.chunk}) for x in (q, k, v, dh))
         dq, dk, dv, drows, dcarry, dmemory, dnormalizer = backward(
             options,
             *(q, k, v, gates.rows, gates.carry, memory, normalizer),
@@ -221,8 +222,3 @@ def _prepare(options, q, log_i, log_f, stabilizer):
         normalized=options.normalized,
         q_dim=q.shape[-1],
     )
-
-
-def _pad(x: Array, chunk: int) -> Array:
-    pad = -x.shape[1] % chunk
-    return jnp.pad(x, [(0, 0), (0, pad), (0, 0), (0, 0)]) if pad else x

@@ -31,6 +31,7 @@ from pallas_kernels.mlstm.gradient import Passes, entry_point
 from pallas_kernels.mlstm.mosaic_gpu_problem import Problem
 from pallas_kernels.mlstm.mosaic_gpu_states import walk
 from pallas_kernels.mlstm.tuning import LONGEST_CHUNK, TuningConfig, suited_span
+from pallas_kernels.padding import fill_up
 
 Array = jax.Array
 
@@ -231,11 +232,11 @@ class _Call:
 
     def pad_q(self, x: Array) -> Array:
         """[B, T, H, Dk] -> [B P, T / P, H, multiple of 64]."""
-        return self._in_pieces(_pad(x, 3, self.problem.q_dim))
+        return self._in_pieces(fill_up(x, {3: TILE}))
 
     def pad_v(self, x: Array) -> Array:
         """[B, T, H, Dv] -> [B P, T / P, H, multiple of 64]."""
-        return self._in_pieces(_pad(x, 3, self.problem.v_dim))
+        return self._in_pieces(fill_up(x, {3: TILE}))
 
     def _in_pieces(self, x: Array) -> Array:
         p = self.problem
@@ -248,8 +249,8 @@ class _Call:
     def pad_state(self, memory: Array, normalizer: Array) -> tuple[Array, Array]:
         """C [B, H, Dk, Dv] and n [B, H, Dk] -> [B H, ...], padded."""
         p = self.problem
-        memory = _pad(_pad(memory, 3, p.v_dim), 2, p.q_dim).reshape(-1, p.q_dim, p.v_dim)
-        return memory, _pad(normalizer, 2, p.q_dim).reshape(-1, p.q_dim)
+        memory = fill_up(memory, {2: TILE, 3: TILE}).reshape(-1, p.q_dim, p.v_dim)
+        return memory, fill_up(normalizer, {2: TILE}).reshape(-1, p.q_dim)
 
     def last_state(self, memory: Array, normalizer: Array) -> tuple[Array, Array]:
         """Undo `pad_state`."""
@@ -308,13 +309,6 @@ def _gradient(
     inner = jnp.sum(inner, axis=(1, 2)) + jnp.sum(dnormalizers * normalizers, axis=1)
     dgates = jnp.concatenate([d_row[:, None], d_columns], axis=1)
     return dq, dk, dv, dgates, carry * inner, *last
-
-
-def _pad(x: Array, axis: int, size: int) -> Array:
-    if x.shape[axis] == size:
-        return x
-    widths = [(0, size - x.shape[axis]) if i == axis else (0, 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths)
 
 
 def _problem(options, q: Array, v: Array) -> Problem:

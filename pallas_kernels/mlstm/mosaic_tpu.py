@@ -25,21 +25,20 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.distribution import refuse_automatic_axes
 from pallas_kernels.mlstm.gradient import entry_point
 from pallas_kernels.mlstm.mosaic_tpu_backward import Scratch, backward_kernel
-from pallas_kernels.mlstm.mosaic_tpu_calls import (
+from pallas_kernels.mlstm.mosaic_tpu_kernels import forward_kernel
+from pallas_kernels.mlstm.mosaic_tpu_plan import Plan, backward_bytes, forward_bytes, plan_for
+from pallas_kernels.mlstm.tuning_tpu import TuningConfig
+from pallas_kernels.tpu.calls import (
     Call,
-    backward_bytes,
     check_arrays,
-    cut_state,
     flatten,
-    forward_bytes,
     heads_of,
+    operand_dtype,
     pad,
     padded,
-    plan_for,
 )
-from pallas_kernels.mlstm.mosaic_tpu_chunk import Plan, Tiling
-from pallas_kernels.mlstm.mosaic_tpu_kernels import forward_kernel
-from pallas_kernels.mlstm.tuning_tpu import LANES, TuningConfig, buffer_bytes
+from pallas_kernels.tpu.chip import LANES, buffer_bytes
+from pallas_kernels.tpu.chunks import Tiling
 
 Array = jax.Array
 
@@ -68,7 +67,7 @@ def chunk_lengths(
     """
     length, budget = LANES, buffer_bytes(config.vmem_bytes)
     longest = min(config.longest_chunk, chunk_size, pl.cdiv(time, LANES) * LANES)
-    dtype = jnp.dtype(jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32)
+    dtype = operand_dtype(dtype)
 
     def taken(length: int) -> int:
         sizes = {"chunk": length, "q_dim": padded(q_dim), "v_dim": padded(v_dim)}
@@ -151,7 +150,7 @@ def forward(
         products=(1, 1, 2),
         exponentials=plan.chunk,
     )
-    return heads_of(h, v), *cut_state(memory, normalizer, q, v), *states
+    return heads_of(h, v), *_cut_state(memory, normalizer, q, v), *states
 
 
 def backward(
@@ -240,7 +239,7 @@ def backward(
         *(heads_of(dx, x) for dx, x in zip((dq, dk, dv), (q, k, v), strict=True)),
         dgates,
         jnp.sum(dcarry, axis=(-2, -1)),
-        *cut_state(dmemory, dnormalizer, q, v),
+        *_cut_state(dmemory, dnormalizer, q, v),
     )
 
 
@@ -263,6 +262,12 @@ def _states(call: Call) -> tuple:
         (call.struct(*size, dtype=dtype), call.per_chunk(*size))
         for size, dtype in zip(sizes, dtypes, strict=True)
     )
+
+
+def _cut_state(memory: Array, normalizer: Array, q: Array, v: Array) -> tuple[Array, Array]:
+    """Undo the padding of a state."""
+    q_dim, v_dim = q.shape[-1], v.shape[-1]
+    return memory[:, :, :q_dim, :v_dim], normalizer[:, :, 0, :q_dim]
 
 
 # The compiler of TPUs cannot split a kernel by itself.

@@ -22,30 +22,24 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.mlstm.gates import D_COLUMN, D_KEPT, D_OWN, D_ROW, FLOOR, KEPT, RECALL
-from pallas_kernels.mlstm.mosaic_tpu_chunk import (
-    CHUNK_AXIS,
+from pallas_kernels.mlstm.mosaic_tpu_chunk import carry_of, gate_row, read_chunk, spread_gates
+from pallas_kernels.mlstm.mosaic_tpu_plan import Plan
+from pallas_kernels.tpu.arithmetic import (
     PARTS,
-    HeadView,
-    Plan,
     as_float,
-    carry_of,
     exact_parts,
     fold_lanes,
-    gate_row,
-    in_turns,
     multiply,
     multiply_rows,
     on_diagonal,
-    read_chunk,
-    spread_gates,
     stack,
     sum_down,
     tiles,
     turn_row,
-    walk_chunks,
     widen,
 )
-from pallas_kernels.mlstm.tuning_tpu import LANES
+from pallas_kernels.tpu.chip import LANES
+from pallas_kernels.tpu.chunks import CHUNK_AXIS, HeadView, in_turns, walk_chunks
 
 Array = jax.Array
 

@@ -1,19 +1,14 @@
-"""What the TPU kernels of an mLSTM are made of: plans, products, gates, a chunk's reads and writes.
-
-`Tiling`, `HeadView`, products and the walk over chunks serve every matrix memory.
+"""A chunk's reads and writes in the TPU kernels of an mLSTM.
 
 Notation and layout: pallas_kernels/mlstm/mosaic_tpu_kernels.py.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
 from pallas_kernels.mlstm.gates import (
     BEGIN,
@@ -25,122 +20,20 @@ from pallas_kernels.mlstm.gates import (
     ROW_HIGH,
     ROW_LOW,
 )
-from pallas_kernels.mlstm.tuning_tpu import LANES
+from pallas_kernels.mlstm.mosaic_tpu_plan import Plan
+from pallas_kernels.tpu.arithmetic import (
+    as_float,
+    exact_parts,
+    multiply,
+    multiply_rows,
+    stack,
+    sum_down,
+    tiles,
+    token_pairs,
+)
+from pallas_kernels.tpu.chip import LANES
 
 Array = jax.Array
-# The grid is (batch, groups of heads, groups of chunks).
-CHUNK_AXIS = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """What a kernel body that walks over chunks is specialised for.
-
-    Attributes:
-        heads: of one program.
-        chunks: of the sequence.
-        together: chunks of one grid step, at most.
-        chunk: L, a multiple of 128.
-        q_dim, v_dim: Dk and Dv, multiples of 128.
-        dtype: of the products' operands.
-    """
-
-    heads: int
-    chunks: int
-    together: int
-    chunk: int
-    q_dim: int
-    v_dim: int
-    dtype: jnp.dtype
-
-    @property
-    def steps(self) -> int:
-        """Grid steps over the chunks."""
-        return pl.cdiv(self.chunks, self.together)
-
-    def count(self, group: Array) -> int | Array:
-        """Chunks in a group: the last one may have fewer."""
-        if self.chunks % self.together == 0:
-            return self.together
-        return jnp.minimum(self.together, self.chunks - group * self.together)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan(Tiling):
-    """What the bodies of the mLSTM's kernels are specialised for.
-
-    Attributes:
-        normalized: whether h is divided by max(|d|, floor), or by the floor alone.
-        columns: of a product's result that are held at a time.
-    """
-
-    normalized: bool
-    columns: int
-
-
-def dot(x: Array, y: Array, contract: tuple[int, int]) -> Array:
-    """Product over an axis of each, accumulated in float32; float32 operands are not rounded."""
-    exact = x.dtype == jnp.float32
-    return lax.dot_general(
-        x,
-        y,
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def multiply_rows(x: Array, y: Array) -> Array:
-    """x y^T."""
-    return dot(x, y, (1, 1))
-
-
-def multiply(x: Array, y: Array) -> Array:
-    """x y."""
-    return dot(x, y, (1, 0))
-
-
-def as_float(x: Array) -> Array:
-    """Return x in float32."""
-    return x.astype(jnp.float32)
-
-
-def tiles(size: int, tile: int) -> list[slice]:
-    """Slices of an axis, the last one shorter where they must."""
-    return [slice(start, min(start + tile, size)) for start in range(0, size, tile)]
-
-
-def stack(*blocks: Array) -> Array:
-    """Put matrices above one another."""
-    return jnp.concatenate(blocks, axis=0)
-
-
-def sum_down(x: Array) -> Array:
-    """Sum over sublanes: [R, n] -> [1, n]."""
-    return jnp.sum(x, axis=0, keepdims=True)
-
-
-def fold_lanes(x: Array) -> Array:
-    """Add up the registers of a row: [R, n * 128] -> [R, 128]."""
-    return sum((x[:, lanes] for lanes in tiles(x.shape[1], LANES)[1:]), x[:, :LANES])
-
-
-def widen(column: Array, width: int) -> Array:
-    """[R, 128] of equal lanes -> [R, width]."""
-    return jnp.concatenate([column] * (width // LANES), axis=1)
-
-
-# Rows of `parts`, a register of any dtype.
-PARTS = 16
-
-
-def exact_parts(row: Array, dtype: jnp.dtype) -> Array:
-    """Part a row [1, n] into rows [16, n] of a dtype, of which products lose nothing."""
-    parts = []
-    for _ in range(1 if dtype == jnp.float32 else 3):
-        parts.append(row.astype(dtype))
-        row = row - as_float(parts[-1])
-    return stack(*parts, jnp.zeros((PARTS - len(parts), row.shape[1]), dtype))
 
 
 class Columns(NamedTuple):
@@ -174,25 +67,6 @@ def spread_gates(gates: Array) -> Columns:
     )
     spread = multiply(parts, jnp.where(chosen, 1.0, 0.0).astype(jnp.bfloat16))
     return Columns(*(spread[:, lanes] for lanes in tiles(shape[1], LANES)))
-
-
-def turn_row(row: Array) -> Array:
-    """A row [1, n] along sublanes, alike in all lanes [n, 128]: moved across lanes."""
-    column = jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
-    return jnp.broadcast_to(column, (row.shape[1], LANES))
-
-
-def token_pairs(columns: slice, rows: slice) -> tuple[Array, Array]:
-    """Column (along sublanes) and row (along lanes) of each entry of a block."""
-    shape = (columns.stop - columns.start, rows.stop - rows.start)
-    column, row = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    return columns.start + column, rows.start + row
-
-
-def on_diagonal(columns: slice, rows: slice) -> Array:
-    """Return where a row reads its own column."""
-    column, row = token_pairs(columns, rows)
-    return column == row
 
 
 def _weights(gates: Array, by_column: Columns, rows: slice, columns: slice) -> Array:
@@ -261,41 +135,6 @@ def read_chunk(
     return Read(recall, denominator, 1.0 / jnp.maximum(jnp.abs(denominator), floor))
 
 
-class HeadView:
-    """Some tokens of one head in a block [1, tokens, heads * D], as a matrix [L, D]."""
-
-    def __init__(self, plan: Tiling, ref: Any, chunk: Array, head: int, size: int):
-        self._ref, self._first = ref, head * size
-        self._tokens = pl.multiple_of(chunk * plan.chunk, plan.chunk)
-        self._shape = plan.chunk, size
-
-    def _at(self, where: tuple[slice, slice]) -> tuple:
-        (top, bottom, _), (left, right, _) = (
-            part.indices(size) for part, size in zip(where, self._shape, strict=True)
-        )
-        tokens = pl.ds(self._tokens + top, bottom - top)
-        return 0, tokens, pl.ds(self._first + left, right - left)
-
-    def __getitem__(self, where: tuple[slice, slice]) -> Array:
-        return self._ref[self._at(where)]
-
-    def __setitem__(self, where: tuple[slice, slice], value: Array) -> None:
-        self._ref[self._at(where)] = value.astype(self._ref.dtype)
-
-
-def walk_chunks(plan: Tiling, last_first: bool, body: Callable[[int | Array, Array], None]) -> None:
-    """Call `body` with each chunk of this step, by its place in the step and in the sequence."""
-    step = pl.program_id(CHUNK_AXIS)
-    group = plan.steps - 1 - step if last_first else step
-    count = plan.count(group)
-
-    def turn(index, _):
-        place = count - 1 - index if last_first else index
-        body(place, group * plan.together + place)
-
-    lax.fori_loop(0, count, turn, None)
-
-
 def write_chunk(
     plan: Plan, gates: Array, carry: Array, k: Array, v, memory, normalizer, rounded
 ) -> None:
@@ -308,17 +147,6 @@ def write_chunk(
             memory[rows, columns] = state
             rounded[rows, columns] = state.astype(plan.dtype)
     normalizer[...] = carry * normalizer[...] + sum_down(multiply(exact_parts(kept, plan.dtype), k))
-
-
-def in_turns(bodies: Iterable[Iterator[None]]) -> None:
-    """Run generators in turns, each to its next `yield`.
-
-    The compiler keeps to the order of the program where it can: with parts of one head between
-    those of another, each fills the time that the other waits for its products.
-    """
-    running = list(bodies)
-    while running:
-        running = [body for body in running if next(body, body) is not body]
 
 
 def carry_of(plan: Plan, carry: Any, head: int, chunk: Array) -> Array:

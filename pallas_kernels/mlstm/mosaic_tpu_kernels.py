@@ -20,22 +20,10 @@ Two numbers, for Dk 128, Dv 256 and chunks of 128 tokens in bfloat16, per token 
 
 from jax.experimental import pallas as pl
 
-from pallas_kernels.mlstm.mosaic_tpu_chunk import (
-    CHUNK_AXIS,
-    HeadView,
-    as_float,
-    carry_of,
-    exact_parts,
-    in_turns,
-    multiply,
-    read_chunk,
-    spread_gates,
-    stack,
-    tiles,
-    walk_chunks,
-    write_chunk,
-)
-from pallas_kernels.mlstm.tuning_tpu import LANES
+from pallas_kernels.mlstm.mosaic_tpu_chunk import carry_of, read_chunk, spread_gates, write_chunk
+from pallas_kernels.tpu.arithmetic import as_float, exact_parts, multiply, stack, tiles
+from pallas_kernels.tpu.chip import LANES
+from pallas_kernels.tpu.chunks import CHUNK_AXIS, HeadView, in_turns, walk_chunks
 
 
 def forward_kernel(

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import targets
-from pallas_kernels.mlstm.mosaic_tpu_chunk import Tiling
-from pallas_kernels.mlstm.reference_tpu import launches
-from pallas_kernels.mlstm.tuning_tpu import vmem_of
+from pallas_kernels.tpu.chip import vmem_of
+from pallas_kernels.tpu.chunks import Tiling
+from pallas_kernels.tpu.reference import launches
 
 TOKENS, HEADS, Q_DIM, V_DIM = 65536, 16, 128, 256
 LENGTHS = (2048, 8192, 65536)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.mlstm.gradient import Options
 from pallas_kernels.mlstm.mosaic_tpu import tilings
-from pallas_kernels.mlstm.mosaic_tpu_chunk import Tiling
 from pallas_kernels.mlstm.tuning_tpu import TuningConfig
+from pallas_kernels.tpu.chunks import Tiling
 from swr_jax.benchmark import chunkwise_tpu_baselines as chunkwise
 from swr_jax.ops import mlstm_chunkwise, mlstm_evaluation
 

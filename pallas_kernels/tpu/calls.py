@@ -1,7 +1,4 @@
-"""Calls of TPU kernels of matrix memories: BlockSpecs, cost estimates, padding of features.
-
-And of the mLSTM's alone: tiling and VMEM.
-"""
+"""Calls of kernels: BlockSpecs, cost estimates, padding of features."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,8 +9,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mlstm.mosaic_tpu_chunk import Plan, Tiling
-from pallas_kernels.mlstm.tuning_tpu import LANES, buffer_bytes
+from pallas_kernels.padding import fill_up
+from pallas_kernels.tpu.chip import LANES
+from pallas_kernels.tpu.chunks import Tiling
 
 Array = jax.Array
 
@@ -138,65 +136,10 @@ def check_arrays(q: Array, k: Array, v: Array) -> None:
             )
 
 
-def plan_for(
-    options: Any, q: Array, k: Array, v: Array, vmem_bytes: Callable[[Tiling], int]
-) -> Plan:
-    """What a kernel's body is specialised for: as much in one grid step as fits.
-
-    Args:
-        options, q, k, v: as the passes have them.
-        vmem_bytes: of the kernel: `forward_bytes` or `backward_bytes`.
-    """
-    config, heads = options.config, q.shape[2]
-    narrow = all(x.dtype == jnp.bfloat16 for x in (q, k, v))
-    smallest = Plan(
-        heads=1,
-        chunks=q.shape[1] // options.chunk,
-        together=1,
-        chunk=options.chunk,
-        q_dim=padded(q.shape[-1]),
-        v_dim=padded(v.shape[-1]),
-        normalized=options.normalized,
-        dtype=jnp.dtype(jnp.bfloat16 if narrow else jnp.float32),
-        columns=config.columns,
-    )
-    plans = [
-        dataclasses.replace(smallest, heads=heads_, together=together)
-        for heads_ in range(min(config.heads, heads), 0, -1)
-        if heads % heads_ == 0
-        for together in range(max(1, min(config.tokens // options.chunk, smallest.chunks)), 0, -1)
-    ]
-    budget = buffer_bytes(config.vmem_bytes)
-    return next((plan for plan in plans if vmem_bytes(plan) <= budget), smallest)
-
-
-def forward_bytes(plan: Tiling, *, keep: bool) -> int:
-    """VMEM of the kernel of outputs, which may keep the states before chunks."""
-    moved = plan.chunk * 2 * (plan.q_dim + plan.v_dim) * plan.dtype.itemsize
-    if keep:
-        moved += plan.q_dim * plan.v_dim * plan.dtype.itemsize + 8 * plan.q_dim * 4
-    scratch = (plan.chunk * 4 + (plan.chunk + plan.q_dim) * plan.dtype.itemsize) * LANES
-    return _bytes(plan, moved, 4, scratch)
-
-
-def backward_bytes(plan: Tiling) -> int:
-    """VMEM of the kernel of cotangents, which takes most."""
-    itemsize, state = plan.dtype.itemsize, plan.q_dim * plan.v_dim
-    moved = (plan.chunk * (4 * plan.q_dim + 3 * plan.v_dim) + state) * itemsize
-    moved += (4 * plan.chunk + 8 * (plan.q_dim + LANES)) * 4
-    scratch = (2 * plan.chunk * plan.chunk + plan.chunk * plan.q_dim) * itemsize
-    scratch += (4 * plan.chunk + 2 * plan.q_dim) * LANES * 4 + 8 * plan.chunk * 4
-    return _bytes(plan, moved, 4, scratch)
-
-
-def _bytes(plan: Tiling, moved: int, states: int, scratch: int) -> int:
-    """Of a chunk's blocks, which are there twice, of C and n in float32 and C rounded, of others.
-
-    Gates move in every kernel, and are not counted in `moved`.
-    """
-    memory, normalizer = plan.q_dim * plan.v_dim, 8 * plan.q_dim
-    state = states * (memory + normalizer) * 4 + memory * plan.dtype.itemsize
-    return plan.heads * (plan.together * 2 * (moved + 8 * plan.chunk * 4) + state + scratch)
+def operand_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
+    """Return what products are made of: bfloat16 where all arrays have it, else float32."""
+    narrow = all(dtype == jnp.bfloat16 for dtype in dtypes)
+    return jnp.dtype(jnp.bfloat16 if narrow else jnp.float32)
 
 
 def padded(size: int) -> int:
@@ -206,8 +149,7 @@ def padded(size: int) -> int:
 
 def pad(x: Array, axes: int) -> Array:
     """Fill up the last axes with zeros to multiples of 128."""
-    sizes = [(0, 0)] * (x.ndim - axes) + [(0, -size % LANES) for size in x.shape[x.ndim - axes :]]
-    return jnp.pad(x, sizes) if any(after for _, after in sizes) else x
+    return fill_up(x, dict.fromkeys(range(-axes, 0), LANES))
 
 
 def flatten(x: Array, dtype: jnp.dtype) -> Array:
@@ -217,12 +159,7 @@ def flatten(x: Array, dtype: jnp.dtype) -> Array:
 
 
 def heads_of(x: Array, like: Array) -> Array:
-    """Undo `flatten`."""
-    x = x.reshape(*like.shape[:3], -1)
-    return x[..., : like.shape[-1]].astype(like.dtype)
-
-
-def cut_state(memory: Array, normalizer: Array, q: Array, v: Array) -> tuple[Array, Array]:
-    """Undo the padding of a state."""
-    q_dim, v_dim = q.shape[-1], v.shape[-1]
-    return memory[:, :, :q_dim, :v_dim], normalizer[:, :, 0, :q_dim]
+    """Undo `flatten`, and the padding of T to whole chunks."""
+    batch, time, heads, features = like.shape
+    x = x.reshape(batch, -1, heads, padded(features))
+    return x[:, :time, :, :features].astype(like.dtype)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.catalogue import Budget, Entry, Launch
-from pallas_kernels.mlstm.mosaic_tpu_chunk import Tiling
 from pallas_kernels.targets import CHIPS, Chip
+from pallas_kernels.tpu.chunks import Tiling
 
 BATCH, TIME, HEADS, Q_DIM, V_DIM, CHUNK = 8, 8192, 16, 128, 256, 128
 
