@@ -35,7 +35,7 @@ from pallas_kernels.tpu.calls import (
     padded,
 )
 from pallas_kernels.tpu.chip import buffer_bytes, vmem_here
-from pallas_kernels.tpu.chunks import Tiling, divisors, largest
+from pallas_kernels.tpu.chunks import Tiling, largest
 
 Array = jax.Array
 
@@ -55,7 +55,7 @@ class TuningConfig:
         vmem_bytes: of VMEM that a kernel may take. Default: by the chip that is traced for.
     """
 
-    heads: int = 4
+    heads: int = 8
     together: int = 4
     vmem_bytes: int = dataclasses.field(default_factory=vmem_here)
 
@@ -96,9 +96,8 @@ def gated_delta_rule(
     """
     config = TuningConfig() if config is None else config
     check_arrays(q, k, v)
-    tiling = tiling_for(config, q, k, v)
     budget = buffer_bytes(config.vmem_bytes)
-    if (taken := vmem_bytes(tiling)) > budget:
+    if (taken := backward_bytes(tiling(_BACKWARD, config, q, k, v))) > budget:
         raise NotImplementedError(
             f"heads of {q.shape[-1]} and {v.shape[-1]} features take {taken} bytes of VMEM: the "
             f"TPU kernels have {budget}; XLA's form takes heads of any size"
@@ -143,15 +142,16 @@ def forward(
     keep: bool = False,
 ) -> tuple[Array, ...]:
     """Outputs of one device, last state and, with `keep`, what `backward` takes for states."""
-    call, tiling = _call(config, q, k, v)
+    name = _KEEPING if keep else _FORWARD
+    call = _call(name, config, q, k, v)
     query, key, value = (_tokens(call, x) for x in (q, k, v))
-    state = pad(memory, 2), call.state(tiling.q_dim, tiling.v_dim)
+    state = pad(memory, 2), call.state(call.plan.q_dim, call.plan.v_dim)
     outputs = [value, state]
     if keep:
         outputs.append(_states(call))
     o, memory, *states = call.run(
-        "gated_delta_forward",
-        functools.partial(forward_kernel, tiling),
+        name,
+        functools.partial(forward_kernel, call.plan),
         inputs=[query, key, value, _gates(call, alpha, beta), state],
         outputs=outputs,
         scratch=[],
@@ -172,14 +172,13 @@ def backward(
     dmemory: Array,
 ) -> tuple[Array, ...]:
     """Cotangents of the arguments of `forward`, from those of its results."""
-    call, tiling = _call(config, q, k, v)
-    call = dataclasses.replace(call, last_first=True)
+    call = _call(_BACKWARD, config, q, k, v, last_first=True)
     query, key, value, doutput = (_tokens(call, x) for x in (q, k, v, do))
     gates = _gates(call, alpha, beta)
-    state = pad(dmemory, 2), call.state(tiling.q_dim, tiling.v_dim)
+    state = pad(dmemory, 2), call.state(call.plan.q_dim, call.plan.v_dim)
     dq, dk, dv, dgates, dmemory = call.run(
-        "gated_delta_backward",
-        functools.partial(backward_kernel, tiling),
+        _BACKWARD,
+        functools.partial(backward_kernel, call.plan),
         inputs=[query, key, value, gates, doutput, (states, _states(call)[1]), state],
         outputs=[query, key, value, gates, state],
         scratch=[],
@@ -194,39 +193,72 @@ def backward(
     )
 
 
-def tiling_for(config: TuningConfig, q: Array, k: Array, v: Array) -> Tiling:
-    """What the kernels' bodies are specialised for: as much in one grid step as fits."""
-    heads = q.shape[2]
-    smallest = Tiling(
-        heads=1,
-        chunks=pl.cdiv(q.shape[1], CHUNK),
-        together=1,
-        chunk=CHUNK,
-        q_dim=padded(q.shape[-1]),
-        v_dim=padded(v.shape[-1]),
-        dtype=operand_dtype(q.dtype, k.dtype, v.dtype),
-    )
+def tiling(name: str, config: TuningConfig, q: Array, k: Array, v: Array) -> Tiling:
+    """How a kernel cuts its work up: as much in one grid step as fits."""
     return largest(
-        smallest,
-        divisors(heads, config.heads),
-        range(min(config.together, smallest.chunks), 0, -1),
-        vmem_bytes,
-        buffer_bytes(config.vmem_bytes),
+        Tiling(
+            heads=1,
+            chunks=pl.cdiv(q.shape[1], CHUNK),
+            together=1,
+            chunk=CHUNK,
+            q_dim=padded(q.shape[-1]),
+            v_dim=padded(v.shape[-1]),
+            dtype=operand_dtype(q.dtype, k.dtype, v.dtype),
+        ),
+        heads=q.shape[2],
+        at_a_time=config.heads,
+        together=config.together,
+        vmem_bytes=_VMEM_BYTES[name],
+        budget=buffer_bytes(config.vmem_bytes),
     )
 
 
-def vmem_bytes(tiling: Tiling) -> int:
-    """VMEM of the backward kernel, which takes most: blocks that come and go, state, registers."""
-    q_dim, v_dim, itemsize = tiling.q_dim, tiling.v_dim, tiling.dtype.itemsize
-    stream = CHUNK * (4 * q_dim + 3 * v_dim) * itemsize + q_dim * v_dim * 4
-    stream = 2 * (stream + 2 * 8 * CHUNK * 4)
-    values = CHUNK * (10 * CHUNK + 4 * q_dim + 6 * v_dim) * 4
-    return tiling.heads * (tiling.together * stream + 4 * q_dim * v_dim * 4 + values)
+def tilings(config: TuningConfig, q: Array, k: Array, v: Array) -> dict[str, Tiling]:
+    """How each kernel cuts its work up, by its name."""
+    return {name: tiling(name, config, q, k, v) for name in _VMEM_BYTES}
 
 
-def _call(config, q, k, v) -> tuple[Call, Tiling]:
-    tiling = tiling_for(config, q, k, v)
-    return Call(tiling, q.shape[0], q.shape[2], config.vmem_bytes), tiling
+def forward_bytes(tiling: Tiling, *, keep: bool) -> int:
+    """VMEM of the kernel of outputs, which may keep the states before chunks."""
+    q_dim, v_dim = tiling.q_dim, tiling.v_dim
+    moved = CHUNK * 2 * (q_dim + v_dim) * tiling.dtype.itemsize + 8 * CHUNK * 4
+    if keep:
+        moved += q_dim * v_dim * 4
+    return _bytes(tiling, moved, 2 * CHUNK * (2 * CHUNK + q_dim + v_dim))
+
+
+def backward_bytes(tiling: Tiling) -> int:
+    """VMEM of the kernel of cotangents, which takes most."""
+    q_dim, v_dim = tiling.q_dim, tiling.v_dim
+    moved = CHUNK * (4 * q_dim + 3 * v_dim) * tiling.dtype.itemsize + q_dim * v_dim * 4
+    moved += 2 * 8 * CHUNK * 4
+    return _bytes(tiling, moved, CHUNK * (10 * CHUNK + 4 * q_dim + 6 * v_dim))
+
+
+def _bytes(tiling: Tiling, moved: int, values: int) -> int:
+    """Of a chunk's blocks and of states, which are there twice, and of what fits no register.
+
+    Of these there are twice as many where products of float32 are made in parts.
+    """
+    states = 4 * tiling.q_dim * tiling.v_dim * 4
+    return tiling.heads * (
+        tiling.together * 2 * moved + states + values * 2 * tiling.dtype.itemsize
+    )
+
+
+# Kernels by name, no name part of another, and what they take of VMEM.
+_FORWARD, _KEEPING = "gated_delta_forward", "gated_delta_keeping_forward"
+_BACKWARD = "gated_delta_backward"
+_VMEM_BYTES = {
+    _FORWARD: functools.partial(forward_bytes, keep=False),
+    _KEEPING: functools.partial(forward_bytes, keep=True),
+    _BACKWARD: backward_bytes,
+}
+
+
+def _call(name: str, config: TuningConfig, q: Array, k: Array, v: Array, **options) -> Call:
+    plan = tiling(name, config, q, k, v)
+    return Call(plan, q.shape[0], q.shape[2], config.vmem_bytes, **options)
 
 
 def _tokens(call: Call, x: Array):

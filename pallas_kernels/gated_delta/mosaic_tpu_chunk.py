@@ -3,6 +3,7 @@
 Notation and layout: pallas_kernels/gated_delta/mosaic_tpu_kernels.py.
 """
 
+from collections.abc import Generator
 from typing import NamedTuple
 
 import jax
@@ -18,8 +19,8 @@ Array = jax.Array
 # Tokens of a chunk, and rows of `gates`.
 CHUNK = LANES
 ALPHA, BETA = range(2)
-# Blocks on the diagonal that are inverted row by row, all of them side by side.
-_BLOCK = 16
+# Rows of a register, and of the blocks on the diagonal that are inverted row by row.
+_BLOCK = 8
 
 
 def places(shape: tuple[int, int]) -> tuple[Array, Array]:
@@ -33,19 +34,15 @@ def shift_down(x: Array, first: float) -> Array:
     return jnp.where(row == 0, first, pltpu.roll(x, 1, 0))
 
 
-def _shift_up(x: Array, last: float) -> Array:
+def _products_down(x: Array) -> Array:
+    """Products of each row with those before it, in log2 steps."""
     row, _ = places(x.shape)
-    size = x.shape[0]
-    return jnp.where(row == size - 1, last, pltpu.roll(x, size - 1, 0))
-
-
-def _products(x: Array, *, upwards: bool) -> Array:
-    """Products of each row with those before it, or after it, in log2 steps."""
-    row, _ = places(x.shape)
-    size, step = x.shape[0], 1
-    while step < size:
-        moved = pltpu.roll(x, size - step if upwards else step, 0)
-        x = x * jnp.where(row < size - step if upwards else row >= step, moved, 1.0)
+    step = 1
+    while step < x.shape[0]:
+        if step < _BLOCK:
+            x = x * jnp.where(row >= step, pltpu.roll(x, step, 0), 1.0)
+        else:
+            x = stack(x[:step], x[step:] * x[:-step])
         step *= 2
     return x
 
@@ -104,31 +101,33 @@ class Chunk(NamedTuple):
     inverse: Array
 
 
-def prepare(gates: Array, q: Array, k: Array) -> Chunk:
-    """Return what a chunk's gates [2, C], queries and keys [C, Dk] determine."""
+def prepare(gates: Array, q: Array, k: Array) -> Generator[None, None, Chunk]:
+    """Return what a chunk's gates [2, C], queries and keys [C, Dk] determine; for `in_turns`."""
     alpha, beta = (turn_row(gates[name : name + 1]) for name in (ALPHA, BETA))
     row, column = places((CHUNK, CHUNK))
     below = row > column
-    decay = _products(jnp.where(below, alpha, 1.0), upwards=False)
+    decay = _products_down(jnp.where(below, alpha, 1.0))
     decay = jnp.where(row >= column, decay, 0.0)
+    yield
     products = multiply_rows(stack(k, q), k)
     similarity, scores = products[:CHUNK], products[CHUNK:]
     lower = jnp.where(below, beta * similarity * decay, 0.0)
+    inverse = yield from unit_lower_inverse(lower, k.dtype)
     return Chunk(
         decay,
-        _products(alpha, upwards=False),
-        _products(_shift_up(alpha, 1.0), upwards=True),
+        jnp.broadcast_to(decay[:, :1] * alpha[:1, :1], decay.shape),
+        turn_row(decay[CHUNK - 1 :]),
         beta,
         similarity,
         scores,
-        unit_lower_inverse(lower, k.dtype),
+        inverse,
     )
 
 
-def unit_lower_inverse(lower: Array, dtype: jnp.dtype) -> Array:
-    """Return (I + lower)^-1 for a strictly lower triangular matrix [C, C].
+def unit_lower_inverse(lower: Array, dtype: jnp.dtype) -> Generator[None, None, Array]:
+    """Return (I + lower)^-1 for a strictly lower triangular matrix [C, C]; for `in_turns`.
 
-    Blocks on the diagonal are inverted by substitution, 16 rows each, side by side in 128 lanes.
+    Blocks on the diagonal are inverted by substitution, 8 rows each, side by side in one register.
     Then two halves E, G of a block with the corner F below E have the inverse
     [[E^-1, 0], [-G^-1 F E^-1, G^-1]]. Nothing is larger than the inverse itself, whereas powers of
     `lower` may be.
@@ -147,8 +146,9 @@ def unit_lower_inverse(lower: Array, dtype: jnp.dtype) -> Array:
     blocks = sum(jnp.where(own(start), lower[start : start + _BLOCK], 0.0) for start in starts)
     solved = jnp.where(inner_row == lane % _BLOCK, 1.0, 0.0)
     for i in range(_BLOCK - 1):
-        factor = _spread_lane(jnp.where(lane % _BLOCK == i, blocks, 0.0), i)
+        factor = jnp.take_along_axis(blocks, lane // _BLOCK * _BLOCK + i, axis=1)
         solved = solved - factor * solved[i : i + 1]
+    yield
     inverse = jnp.concatenate([jnp.where(own(start), solved, 0.0) for start in starts], axis=0)
 
     half = _BLOCK
@@ -158,19 +158,10 @@ def unit_lower_inverse(lower: Array, dtype: jnp.dtype) -> Array:
         pieces = [inverse[start : start + half] for start in range(0, CHUNK, half)]
         second = stack(*pieces[1::2])
         change = product(parts(second, dtype), parts(corners, dtype), (1, 0))
+        yield
         second = second - product(parts(change, dtype), parts(inverse, dtype), (1, 0))
+        yield
         pieces[1::2] = [second[start : start + half] for start in range(0, CHUNK // 2, half)]
         inverse = stack(*pieces)
         half *= 2
     return inverse
-
-
-def _spread_lane(x: Array, lane: int) -> Array:
-    """Copy the only lane of each block of lanes that is not 0 to the whole block."""
-    if lane:
-        x = pltpu.roll(x, CHUNK - lane, 1)
-    step = 1
-    while step < _BLOCK:
-        x = x + pltpu.roll(x, step, 1)
-        step *= 2
-    return x

@@ -66,7 +66,7 @@ def forward_kernel(tiling, q, k, v, gates, memory0, o, memory, states=None):
     def run(head, place):
         query, key = (HeadView(tiling, x, place, head, tiling.q_dim)[:, :] for x in (q, k))
         value, output = (HeadView(tiling, x, place, head, tiling.v_dim) for x in (v, o))
-        chunk = prepare(gates[0, head, place], query, key)
+        chunk = yield from prepare(gates[0, head, place], query, key)
         yield
         state = memory[0, head]
         if states is not None:
@@ -75,11 +75,13 @@ def forward_kernel(tiling, q, k, v, gates, memory0, o, memory, states=None):
             widen(x, tiling.v_dim) for x in (chunk.prefix, chunk.suffix, chunk.beta)
         )
         read = product(stack(key, query), part(state), _PLAIN)
+        yield
         weighed = beta * (as_float(value[:, :]) - prefix * read[:CHUNK])
         written = product(part(chunk.inverse), part(weighed), _PLAIN)
         yield
         scores = part(chunk.scores * chunk.decay)
         output[:, :] = prefix * read[CHUNK:] + product(scores, part(written), _PLAIN)
+        yield
         kept = product(key, part(suffix * written), _COLUMNS)
         memory[0, head] = prefix[CHUNK - 1 :] * state + kept
 
@@ -105,7 +107,7 @@ def backward_kernel(tiling, q, k, v, gates, do, states, dmemory0, dq, dk, dv, dg
             HeadView(tiling, x, place, head, tiling.v_dim) for x in (v, do, dv)
         )
         query, key, value, doutput = (x[:, :] for x in (query, key, value, doutput))
-        chunk = prepare(gates[0, head, place], query, key)
+        chunk = yield from prepare(gates[0, head, place], query, key)
         yield
         state, dstate = states[0, head, place], dmemory[0, head]
         state_, dstate_ = part(state), part(dstate)
@@ -115,12 +117,14 @@ def backward_kernel(tiling, q, k, v, gates, do, states, dmemory0, dq, dk, dv, dg
         )
         read = product(stack(key, query), state_, _PLAIN)
         rest = as_float(value) - prefix * read[:CHUNK]
+        yield
         written = product(inverse, part(beta * rest), _PLAIN)
         written_ = part(written)
         yield
         # The cotangents of what is written.
         sought = product(key, dstate_, _PLAIN)
         dwritten = product(part(chunk.scores * decay), doutput, _COLUMNS) + suffix * sought
+        yield
         dweighed = product(inverse, part(dwritten), _COLUMNS)
         drest = beta * dweighed
         dvalue[:, :] = drest
@@ -128,6 +132,7 @@ def backward_kernel(tiling, q, k, v, gates, do, states, dmemory0, dq, dk, dv, dg
         # Those of the two triangular matrices.
         row, column = places((CHUNK, CHUNK))
         direct = product(doutput, written_, _ROWS)
+        yield
         dlower = jnp.where(row > column, -product(part(dweighed), written_, _ROWS), 0.0)
         dscores, dsimilarity = part(direct * decay), chunk.beta * dlower * decay
         dsimilarity = part(dsimilarity + dsimilarity.T)
@@ -137,6 +142,7 @@ def backward_kernel(tiling, q, k, v, gates, do, states, dmemory0, dq, dk, dv, dg
         drest_ = part(drest)
         prefix_, suffix_ = (widen(x, tiling.q_dim) for x in (chunk.prefix, chunk.suffix))
         dquery[:, :] = prefix_ * product(doutput, state_, _ROWS) + product(dscores, key, _PLAIN)
+        yield
         dkey[:, :] = (
             product(dscores, query, _COLUMNS)
             + product(dsimilarity, key, _PLAIN)
@@ -153,6 +159,7 @@ def backward_kernel(tiling, q, k, v, gates, do, states, dmemory0, dq, dk, dv, dg
         ddecay = ddecay + jnp.where(last, dsuffix, 0.0)
         ddecay = jnp.concatenate([ddecay, jnp.where(column == 0, dprefix, 0.0)], axis=1)
         spread = product(part(decay), part(ddecay), _COLUMNS)
+        yield
         dalpha = _sum_lanes(
             spread[:, :CHUNK] * shift_down(decay, 0.0)
             + spread[:, CHUNK:] * shift_down(chunk.prefix, 1.0)

@@ -8,7 +8,7 @@ import jax
 
 from pallas_kernels.tpu.calls import operand_dtype, padded
 from pallas_kernels.tpu.chip import LANES, buffer_bytes
-from pallas_kernels.tpu.chunks import Tiling, divisors, largest
+from pallas_kernels.tpu.chunks import Tiling, largest
 
 Array = jax.Array
 
@@ -35,7 +35,7 @@ def plan_for(
         options, q, k, v: as the passes have them.
         vmem_bytes: of the kernel: `forward_bytes` or `backward_bytes`.
     """
-    config, heads = options.config, q.shape[2]
+    config = options.config
     smallest = Plan(
         heads=1,
         chunks=q.shape[1] // options.chunk,
@@ -47,13 +47,13 @@ def plan_for(
         dtype=operand_dtype(q.dtype, k.dtype, v.dtype),
         columns=config.columns,
     )
-    together = max(1, min(config.tokens // options.chunk, smallest.chunks))
     return largest(
         smallest,
-        divisors(heads, config.heads),
-        range(together, 0, -1),
-        vmem_bytes,
-        buffer_bytes(config.vmem_bytes),
+        heads=q.shape[2],
+        at_a_time=config.heads,
+        together=config.tokens // options.chunk,
+        vmem_bytes=vmem_bytes,
+        budget=buffer_bytes(config.vmem_bytes),
     )
 
 

@@ -1,7 +1,7 @@
 """How a kernel walks over the chunks of some heads, and reads what belongs to one."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -50,8 +50,10 @@ class Tiling:
 
 def largest[TilingT: Tiling](
     smallest: TilingT,
-    heads: Sequence[int],
-    together: Sequence[int],
+    *,
+    heads: int,
+    at_a_time: int,
+    together: int,
     vmem_bytes: Callable[[TilingT], int],
     budget: int,
 ) -> TilingT:
@@ -59,21 +61,21 @@ def largest[TilingT: Tiling](
 
     Args:
         smallest: what else it is, and what is returned where nothing fits.
-        heads, together: what there may be, most first.
+        heads: of all, which those at a time divide.
+        at_a_time, together: heads and chunks, at most.
         vmem_bytes: what the kernel takes.
         budget: what it may take.
     """
+    fewer = [size for size in range(min(at_a_time, heads), 0, -1) if heads % size == 0]
+    shorter = [max(1, min(together, smallest.chunks))]
+    while shorter[-1] > 1:
+        shorter.append(shorter[-1] // 2)
     tilings = (
-        dataclasses.replace(smallest, heads=head, together=chunks)
-        for head in heads
-        for chunks in together
+        dataclasses.replace(smallest, heads=heads, together=together)
+        for heads in fewer
+        for together in shorter
     )
     return next((tiling for tiling in tilings if vmem_bytes(tiling) <= budget), smallest)
-
-
-def divisors(number: int, limit: int) -> list[int]:
-    """Return those of a number up to a limit, the largest first."""
-    return [size for size in range(min(limit, number), 0, -1) if number % size == 0]
 
 
 class HeadView:

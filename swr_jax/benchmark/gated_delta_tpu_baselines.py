@@ -2,7 +2,7 @@
 
 import jax
 
-from pallas_kernels.gated_delta.mosaic_tpu import TuningConfig, tiling_for
+from pallas_kernels.gated_delta.mosaic_tpu import TuningConfig, tilings
 from pallas_kernels.tpu.chunks import Tiling
 from swr_jax.benchmark import chunkwise_tpu_baselines as chunkwise
 from swr_jax.ops import gated_delta_chunk, gated_delta_evaluation
@@ -18,7 +18,7 @@ def _rule(implementation: str, *arrays):
 
 
 def _tilings(vmem_bytes: int, *qkv: jax.ShapeDtypeStruct) -> dict[str, Tiling]:
-    return {"gated_delta": tiling_for(TuningConfig(vmem_bytes=vmem_bytes), *qkv)}
+    return tilings(TuningConfig(vmem_bytes=vmem_bytes), *qkv)
 
 
 OPERATOR = chunkwise.Operator(
