@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mlstm.stabilized import finite, last_maximum, lower_bound, sum_after
+from pallas_kernels.mlstm.stabilized import finite, last_maximum, lower_bound, shift, sum_after
 from pallas_kernels.padding import fill_up
 
 Array = jax.Array
@@ -133,12 +133,12 @@ def gradient(
     """
     inherited = jnp.sum(gates.winner, axis=-1) == 0
     passed = lax.cumprod(inherited.astype(drows.dtype), axis=inherited.ndim - 1, reverse=True)
-    since = jnp.concatenate([passed[..., 1:], jnp.ones_like(passed[..., :1])], axis=-1)
-    dmaximum = dstabilizer[..., None] * since
+    dmaximum = dstabilizer[..., None] * shift(passed, -1, fill=1)
 
-    kept = drows[..., D_KEPT, :] + gates.winner * dmaximum[..., None]
-    dlog_i = drows[..., D_COLUMN, :] + drows[..., D_OWN, :] + kept
-    dlog_f = drows[..., D_ROW, :] - drows[..., D_COLUMN, :]
+    drows = jnp.moveaxis(drows, -2, 0)
+    kept = drows[D_KEPT] + gates.winner * dmaximum[..., None]
+    dlog_i = drows[D_COLUMN] + drows[D_OWN] + kept
+    dlog_f = drows[D_ROW] - drows[D_COLUMN]
     dlog_f = within_documents(jnp.add, _later_in_document(gates.documents), dlog_f, reverse=True)
     dlog_f += jnp.cumsum(kept, axis=-1) - kept
     whole = dcarry + jnp.where(inherited, dmaximum, 0)
@@ -161,7 +161,7 @@ def within_documents(operation, reach: Array, x: Array, *, reverse: bool = False
     """
     step = 1
     while step < x.shape[-1]:
-        other = jnp.roll(x, -step if reverse else step, axis=-1)
+        other = shift(x, -step if reverse else step)
         x = jnp.where(reach >= step, operation(x, other), x)
         step *= 2
     return x
@@ -171,8 +171,7 @@ def _later_in_document(documents: Array) -> Array:
     """How many numbers after each are of its document, from the documents' numbers [..., L]."""
     last, size = documents.ndim - 1, documents.shape[-1]
     places = jnp.arange(size)
-    ends = documents != jnp.roll(documents, -1, axis=last)
-    ends |= places == size - 1
+    ends = documents != shift(documents, -1, fill=-1)
     return lax.cummin(jnp.where(ends, places, size), axis=last, reverse=True) - places
 
 

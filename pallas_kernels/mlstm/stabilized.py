@@ -20,15 +20,22 @@ def finite(m: Array) -> Array:
     return jnp.where(jnp.isneginf(m), 0, m)
 
 
+def shift(x: Array, step: int, fill: float = 0, axis: int = -1) -> Array:
+    """Move numbers along an axis, onwards or (`step` negative) backwards; `fill` takes their place.
+
+    One operation that XLA fuses with what follows, as it does not a roll, on TPUs.
+    """
+    moved = [(0, 0, 0)] * x.ndim
+    moved[axis] = (step, -step, 0)
+    return lax.pad(x, jnp.asarray(fill, x.dtype), moved)
+
+
 def sum_after(x: Array, axis: int = -1) -> Array:
     """Sum over the tokens after each, its own not included.
 
     Shifted, not sum minus own term: a difference would round what is left, and its transpose.
     """
-    axis %= x.ndim
-    since = lax.cumsum(lax.slice_in_dim(x, 1, None, axis=axis), axis=axis, reverse=True)
-    last = jnp.zeros_like(lax.slice_in_dim(x, 0, 1, axis=axis))
-    return jnp.concatenate([since, last], axis=axis)
+    return lax.cumsum(shift(x, -1, axis=axis), axis=axis % x.ndim, reverse=True)
 
 
 def last_maximum(x: Array) -> Array:
