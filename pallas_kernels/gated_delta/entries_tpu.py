@@ -3,8 +3,9 @@
 import functools
 
 from pallas_kernels.catalogue import Budget, Entry
-from pallas_kernels.gated_delta.mosaic_tpu import TuningConfig, backward, forward, tilings
+from pallas_kernels.gated_delta.mosaic_tpu import backward, forward
 from pallas_kernels.gated_delta.mosaic_tpu_chunk import CHUNK
+from pallas_kernels.gated_delta.mosaic_tpu_plan import TuningConfig, tilings
 from pallas_kernels.targets import Chip
 from pallas_kernels.tpu.chip import vmem_of
 from pallas_kernels.tpu.reference import (

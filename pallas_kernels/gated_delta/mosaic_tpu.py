@@ -13,16 +13,22 @@ What costs extra, all of it outside the kernels, in XLA:
     q, k, v of different dtypes       are converted to float32 and back
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from pallas_kernels.distribution import distributed, refuse_automatic_axes
 from pallas_kernels.gated_delta.mosaic_tpu_chunk import CHUNK
 from pallas_kernels.gated_delta.mosaic_tpu_kernels import backward_kernel, forward_kernel
+from pallas_kernels.gated_delta.mosaic_tpu_plan import (
+    BACKWARD,
+    FORWARD,
+    KEEPING,
+    TuningConfig,
+    backward_bytes,
+    tiling,
+)
 from pallas_kernels.padding import fill_up
 from pallas_kernels.residuals import with_residuals
 from pallas_kernels.tpu.calls import (
@@ -30,39 +36,16 @@ from pallas_kernels.tpu.calls import (
     check_arrays,
     flatten,
     heads_of,
-    operand_dtype,
     pad,
     padded,
 )
-from pallas_kernels.tpu.chip import buffer_bytes, vmem_here
-from pallas_kernels.tpu.chunks import Tiling, largest
+from pallas_kernels.tpu.chip import buffer_bytes
 
 Array = jax.Array
 
 _GATES, _STATE = ("bth", "bth"), "bhkd"
 _ARGUMENTS = ("bthk", "bthk", "bthd", *_GATES)
 _STATES = "bhnkd"
-
-
-@dataclasses.dataclass(frozen=True)
-class TuningConfig:
-    """How the kernels are tiled; results do not depend on it.
-
-    Attributes:
-        heads: heads that one program has at a time, at most: its products fill the waiting time of
-            one another. Fewer where they do not divide the heads or do not fit VMEM.
-        together: chunks of one grid step, at most; fewer where they do not fit VMEM.
-        vmem_bytes: of VMEM that a kernel may take. Default: by the chip that is traced for.
-    """
-
-    heads: int = 8
-    together: int = 4
-    vmem_bytes: int = dataclasses.field(default_factory=vmem_here)
-
-    def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
 
 
 def gated_delta_rule(
@@ -97,7 +80,7 @@ def gated_delta_rule(
     config = TuningConfig() if config is None else config
     check_arrays(q, k, v)
     budget = buffer_bytes(config.vmem_bytes)
-    if (taken := backward_bytes(tiling(_BACKWARD, config, q, k, v))) > budget:
+    if (taken := backward_bytes(tiling(BACKWARD, config, q, k, v))) > budget:
         raise NotImplementedError(
             f"heads of {q.shape[-1]} and {v.shape[-1]} features take {taken} bytes of VMEM: the "
             f"TPU kernels have {budget}; XLA's form takes heads of any size"
@@ -142,7 +125,7 @@ def forward(
     keep: bool = False,
 ) -> tuple[Array, ...]:
     """Outputs of one device, last state and, with `keep`, what `backward` takes for states."""
-    name = _KEEPING if keep else _FORWARD
+    name = KEEPING if keep else FORWARD
     call = _call(name, config, q, k, v)
     query, key, value = (_tokens(call, x) for x in (q, k, v))
     state = pad(memory, 2), call.state(call.plan.q_dim, call.plan.v_dim)
@@ -172,12 +155,12 @@ def backward(
     dmemory: Array,
 ) -> tuple[Array, ...]:
     """Cotangents of the arguments of `forward`, from those of its results."""
-    call = _call(_BACKWARD, config, q, k, v, last_first=True)
+    call = _call(BACKWARD, config, q, k, v, last_first=True)
     query, key, value, doutput = (_tokens(call, x) for x in (q, k, v, do))
     gates = _gates(call, alpha, beta)
     state = pad(dmemory, 2), call.state(call.plan.q_dim, call.plan.v_dim)
     dq, dk, dv, dgates, dmemory = call.run(
-        _BACKWARD,
+        BACKWARD,
         functools.partial(backward_kernel, call.plan),
         inputs=[query, key, value, gates, doutput, (states, _states(call)[1]), state],
         outputs=[query, key, value, gates, state],
@@ -191,69 +174,6 @@ def backward(
         *(dgates[:, :, name] for name in range(2)),
         _cut_state(dmemory, q, v),
     )
-
-
-def tiling(name: str, config: TuningConfig, q: Array, k: Array, v: Array) -> Tiling:
-    """How a kernel cuts its work up: as much in one grid step as fits."""
-    return largest(
-        Tiling(
-            heads=1,
-            chunks=pl.cdiv(q.shape[1], CHUNK),
-            together=1,
-            chunk=CHUNK,
-            q_dim=padded(q.shape[-1]),
-            v_dim=padded(v.shape[-1]),
-            dtype=operand_dtype(q.dtype, k.dtype, v.dtype),
-        ),
-        heads=q.shape[2],
-        at_a_time=config.heads,
-        together=config.together,
-        vmem_bytes=_VMEM_BYTES[name],
-        budget=buffer_bytes(config.vmem_bytes),
-    )
-
-
-def tilings(config: TuningConfig, q: Array, k: Array, v: Array) -> dict[str, Tiling]:
-    """How each kernel cuts its work up, by its name."""
-    return {name: tiling(name, config, q, k, v) for name in _VMEM_BYTES}
-
-
-def forward_bytes(tiling: Tiling, *, keep: bool) -> int:
-    """VMEM of the kernel of outputs, which may keep the states before chunks."""
-    q_dim, v_dim = tiling.q_dim, tiling.v_dim
-    moved = CHUNK * 2 * (q_dim + v_dim) * tiling.dtype.itemsize + 8 * CHUNK * 4
-    if keep:
-        moved += q_dim * v_dim * 4
-    return _bytes(tiling, moved, 2 * CHUNK * (2 * CHUNK + q_dim + v_dim))
-
-
-def backward_bytes(tiling: Tiling) -> int:
-    """VMEM of the kernel of cotangents, which takes most."""
-    q_dim, v_dim = tiling.q_dim, tiling.v_dim
-    moved = CHUNK * (4 * q_dim + 3 * v_dim) * tiling.dtype.itemsize + q_dim * v_dim * 4
-    moved += 2 * 8 * CHUNK * 4
-    return _bytes(tiling, moved, CHUNK * (10 * CHUNK + 4 * q_dim + 6 * v_dim))
-
-
-def _bytes(tiling: Tiling, moved: int, values: int) -> int:
-    """Of a chunk's blocks and of states, which are there twice, and of what fits no register.
-
-    Of these there are twice as many where products of float32 are made in parts.
-    """
-    states = 4 * tiling.q_dim * tiling.v_dim * 4
-    return tiling.heads * (
-        tiling.together * 2 * moved + states + values * 2 * tiling.dtype.itemsize
-    )
-
-
-# Kernels by name, no name part of another, and what they take of VMEM.
-_FORWARD, _KEEPING = "gated_delta_forward", "gated_delta_keeping_forward"
-_BACKWARD = "gated_delta_backward"
-_VMEM_BYTES = {
-    _FORWARD: functools.partial(forward_bytes, keep=False),
-    _KEEPING: functools.partial(forward_bytes, keep=True),
-    _BACKWARD: backward_bytes,
-}
 
 
 def _call(name: str, config: TuningConfig, q: Array, k: Array, v: Array, **options) -> Call:

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.catalogue import Budget, Entry
 from pallas_kernels.mlstm.gradient import Options
-from pallas_kernels.mlstm.mosaic_tpu import backward, forward, tilings
+from pallas_kernels.mlstm.mosaic_tpu import backward, forward
+from pallas_kernels.mlstm.mosaic_tpu_plan import tilings
 from pallas_kernels.mlstm.tuning_tpu import TuningConfig
 from pallas_kernels.targets import Chip
 from pallas_kernels.tpu.chip import vmem_of

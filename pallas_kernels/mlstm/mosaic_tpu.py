@@ -26,7 +26,13 @@ from pallas_kernels.distribution import refuse_automatic_axes
 from pallas_kernels.mlstm.gradient import entry_point
 from pallas_kernels.mlstm.mosaic_tpu_backward import Scratch, backward_kernel
 from pallas_kernels.mlstm.mosaic_tpu_kernels import forward_kernel
-from pallas_kernels.mlstm.mosaic_tpu_plan import Plan, backward_bytes, forward_bytes, plan_for
+from pallas_kernels.mlstm.mosaic_tpu_plan import (
+    BACKWARD,
+    FORWARD,
+    KEEPING,
+    backward_bytes,
+    tiling,
+)
 from pallas_kernels.mlstm.tuning_tpu import TuningConfig
 from pallas_kernels.tpu.calls import (
     Call,
@@ -41,14 +47,6 @@ from pallas_kernels.tpu.chip import LANES, buffer_bytes
 from pallas_kernels.tpu.chunks import Tiling
 
 Array = jax.Array
-
-# Kernels by name, no name part of another, and what they take of VMEM.
-_FORWARD, _KEEPING, _BACKWARD = "mlstm_forward", "mlstm_keeping_forward", "mlstm_backward"
-_VMEM_BYTES = {
-    _FORWARD: functools.partial(forward_bytes, keep=False),
-    _KEEPING: functools.partial(forward_bytes, keep=True),
-    _BACKWARD: backward_bytes,
-}
 
 
 def chunk_lengths(
@@ -83,7 +81,7 @@ def check(options: Any, q: Array, k: Array, v: Array) -> None:
     check_arrays(q, k, v)
     if options.chunk % LANES:
         raise NotImplementedError(f"{options.chunk=}: the TPU kernels take multiples of {LANES}")
-    plan = tiling(_BACKWARD, options, q, k, v)
+    plan = tiling(BACKWARD, options, q, k, v)
     budget = buffer_bytes(options.config.vmem_bytes)
     if (taken := backward_bytes(plan)) > budget:
         raise NotImplementedError(
@@ -122,7 +120,7 @@ def forward(
         NotImplementedError: see `check`.
     """
     check(options, q, k, v)
-    name = _KEEPING if keep else _FORWARD
+    name = KEEPING if keep else FORWARD
     plan = tiling(name, options, q, k, v)
     call = Call(plan, *carry.shape[:2], options.config.vmem_bytes)
     flat = functools.partial(flatten, dtype=plan.dtype)
@@ -182,7 +180,7 @@ def backward(
         NotImplementedError: see `check`.
     """
     check(options, q, k, v)
-    plan = tiling(_BACKWARD, options, q, k, v)
+    plan = tiling(BACKWARD, options, q, k, v)
     call = Call(plan, *carry.shape[:2], options.config.vmem_bytes, last_first=True)
     sizes = (plan.q_dim, plan.v_dim), (1, plan.q_dim)
     q_in, k_in, v_in, dh_in = (flatten(x, plan.dtype) for x in (q, k, v, dh))
@@ -202,7 +200,7 @@ def backward(
         (pad(dnormalizer[:, :, None], 1), call.state(*sizes[1])),
     )
     dq, dk, dv, dgates, dcarry, dmemory, dnormalizer = call.run(
-        _BACKWARD,
+        BACKWARD,
         body,
         inputs=[
             (call.flat_carry(carry), call.carry()),
@@ -241,16 +239,6 @@ def backward(
         jnp.sum(dcarry, axis=(-2, -1)),
         *_cut_state(dmemory, dnormalizer, q, v),
     )
-
-
-def tiling(name: str, options: Any, q: Array, k: Array, v: Array) -> Plan:
-    """How a kernel cuts its work up."""
-    return plan_for(options, q, k, v, _VMEM_BYTES[name])
-
-
-def tilings(options: Any, q: Array, k: Array, v: Array) -> dict[str, Plan]:
-    """How each kernel cuts its work up, by its name."""
-    return {name: tiling(name, options, q, k, v) for name in _VMEM_BYTES}
 
 
 def _states(call: Call) -> tuple:

@@ -1,7 +1,7 @@
 """How the TPU kernels of an mLSTM cut their work up: what fits VMEM."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -24,37 +24,6 @@ class Plan(Tiling):
 
     normalized: bool
     columns: int
-
-
-def plan_for(
-    options: Any, q: Array, k: Array, v: Array, vmem_bytes: Callable[[Tiling], int]
-) -> Plan:
-    """What a kernel's body is specialised for: as much in one grid step as fits.
-
-    Args:
-        options, q, k, v: as the passes have them.
-        vmem_bytes: of the kernel: `forward_bytes` or `backward_bytes`.
-    """
-    config = options.config
-    smallest = Plan(
-        heads=1,
-        chunks=q.shape[1] // options.chunk,
-        together=1,
-        chunk=options.chunk,
-        q_dim=padded(q.shape[-1]),
-        v_dim=padded(v.shape[-1]),
-        normalized=options.normalized,
-        dtype=operand_dtype(q.dtype, k.dtype, v.dtype),
-        columns=config.columns,
-    )
-    return largest(
-        smallest,
-        heads=q.shape[2],
-        at_a_time=config.heads,
-        together=config.tokens // options.chunk,
-        vmem_bytes=vmem_bytes,
-        budget=buffer_bytes(config.vmem_bytes),
-    )
 
 
 def forward_bytes(plan: Tiling, *, keep: bool) -> int:
@@ -84,3 +53,41 @@ def _bytes(plan: Tiling, moved: int, states: int, scratch: int) -> int:
     memory, normalizer = plan.q_dim * plan.v_dim, 8 * plan.q_dim
     state = states * (memory + normalizer) * 4 + memory * plan.dtype.itemsize
     return plan.heads * (plan.together * 2 * (moved + 8 * plan.chunk * 4) + state + scratch)
+
+
+# Kernels by name, no name part of another, and what they take of VMEM.
+FORWARD, KEEPING, BACKWARD = "mlstm_forward", "mlstm_keeping_forward", "mlstm_backward"
+_VMEM_BYTES = {
+    FORWARD: functools.partial(forward_bytes, keep=False),
+    KEEPING: functools.partial(forward_bytes, keep=True),
+    BACKWARD: backward_bytes,
+}
+
+
+def tiling(name: str, options: Any, q: Array, k: Array, v: Array) -> Plan:
+    """How a kernel cuts its work up: as much in one grid step as fits."""
+    config = options.config
+    smallest = Plan(
+        heads=1,
+        chunks=q.shape[1] // options.chunk,
+        together=1,
+        chunk=options.chunk,
+        q_dim=padded(q.shape[-1]),
+        v_dim=padded(v.shape[-1]),
+        normalized=options.normalized,
+        dtype=operand_dtype(q.dtype, k.dtype, v.dtype),
+        columns=config.columns,
+    )
+    return largest(
+        smallest,
+        heads=q.shape[2],
+        at_a_time=config.heads,
+        together=config.tokens // options.chunk,
+        vmem_bytes=_VMEM_BYTES[name],
+        budget=buffer_bytes(config.vmem_bytes),
+    )
+
+
+def tilings(options: Any, q: Array, k: Array, v: Array) -> dict[str, Plan]:
+    """How each kernel cuts its work up, by its name."""
+    return {name: tiling(name, options, q, k, v) for name in _VMEM_BYTES}

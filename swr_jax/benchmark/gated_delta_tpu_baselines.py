@@ -2,7 +2,7 @@
 
 import jax
 
-from pallas_kernels.gated_delta.mosaic_tpu import TuningConfig, tilings
+from pallas_kernels.gated_delta.mosaic_tpu_plan import TuningConfig, tilings
 from pallas_kernels.tpu.chunks import Tiling
 from swr_jax.benchmark import chunkwise_tpu_baselines as chunkwise
 from swr_jax.ops import gated_delta_chunk, gated_delta_evaluation

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mlstm.gradient import Options
-from pallas_kernels.mlstm.mosaic_tpu import tilings
+from pallas_kernels.mlstm.mosaic_tpu_plan import tilings
 from pallas_kernels.mlstm.tuning_tpu import TuningConfig
 from pallas_kernels.tpu.chunks import Tiling
 from swr_jax.benchmark import chunkwise_tpu_baselines as chunkwise

@@ -17,8 +17,8 @@ from recurrence_cases import assert_rows_close
 from simulation import simulated_tpu
 
 from pallas_kernels.gated_delta import mosaic_tpu
-from pallas_kernels.gated_delta.mosaic_tpu import TuningConfig
 from pallas_kernels.gated_delta.mosaic_tpu_chunk import unit_lower_inverse
+from pallas_kernels.gated_delta.mosaic_tpu_plan import TuningConfig
 from swr_jax import GatedDeltaState, gated_delta_rule
 from swr_jax.ops import reference_gated_delta as ref
 from swr_jax.ops.gated_delta_evaluation import evaluate as evaluation
